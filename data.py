@@ -1,0 +1,564 @@
+"""Readers and writers of the official MindEye2 files, epochs of trials, and the cache of frozen targets.
+
+A subject looked at 9,000-10,000 photographs, each up to three times, in 30-40 sessions of 750 trials (one hour each).
+What is read (N = NSD's number of the subject, 1..8; every size is taken from the file, none is assumed):
+
+    wds/subj0N/train/{0,1,..}.tar          behav.npy       (1, 17)           a tar per session, 0.tar = session 1
+    wds/subj0N/{test,new_test}/0.tar       behav.npy       (1, 17)           trials of the images all subjects share
+    betas_all_subj0N_fp32_renorm.hdf5      'betas'         (all trials, V)   V = 12,682..17,907 voxels, z-scored
+    coco_images_224_float16.hdf5           'images'        (73000, 3, H, H)  RGB in [0, 1], H = 224
+    brain_region_masks.hdf5                'subj0N/{roi}'  (V,)              bool: nsd_general, V1..V4, higher_vis
+
+A tar holds no brain and no picture, only two row numbers for each trial: column 0 of `behav` is the row of its image,
+column 5 the row of its betas. `load_trials` reads them once, `load_voxels` the betas they name.
+
+What comes out: `Trials` (row numbers), voxels (n, V), `epoch_batches` (which trials make a step), and `cache_targets`:
+what the frozen networks say about each image. They never change, so each image is encoded once, to disk, and the
+training loop holds none of them. This is the project's main speed-up over the original.
+
+A betas row is one single-trial response (GLMsingle) in units of standard deviations: paper appendix A.2 z-scores each
+voxel with the mean and deviation of the whole training set, before any cut to n sessions. That leaks a little of the
+later sessions into the "1 hour" setting, as the paper admits; the files come that way.
+"""
+
+import hashlib
+import io
+import os
+import shutil
+import tarfile
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+import webdataset as wds
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+from model import UserError, encode_latents
+
+BEHAV_COLUMNS = (
+    "cocoidx", "subject", "session", "run", "trial", "global_trial", "time", "isold", "iscorrect", "rt", "changemind",
+    "isoldcurrent", "iscorrectcurrent", "total1", "total2", "button", "shared1000",
+)  # fmt: skip
+IMAGE, SESSION, BETA = (BEHAV_COLUMNS.index(name) for name in ("cocoidx", "session", "global_trial"))  # 0, 2, 5
+
+H5_FILES = {"betas": "betas_all_subj0{}_fp32_renorm.hdf5", "images": "coco_images_224_float16.hdf5",
+            "masks": "brain_region_masks.hdf5"}  # fmt: skip
+
+
+def session_tar(data_path, subject: int, split: str, number: int = 0) -> Path:
+    return Path(data_path) / "wds" / f"subj0{subject}" / split / f"{number}.tar"
+
+
+def h5_path(data_path, name: str, subject: int | None = None) -> Path:
+    """Path of the HDF5 file named "betas" (of a subject), "images" or "masks"."""
+    return Path(data_path) / H5_FILES[name].format(subject)
+
+
+def open_h5(path: Path, name: str):
+    """Open an HDF5 file for reading; returns (file, its member `name`). Raises UserError if either is missing."""
+    try:
+        file = h5py.File(path, "r")
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: --data_path must name the folder of the official files.") from None
+    except OSError as error:
+        raise UserError(f"{path} is not a whole HDF5 file ({error}): get it again into --data_path.") from None
+    if name not in file:
+        raise UserError(f"{path} has no '{name}', only {sorted(file)}: put the official file into --data_path.")
+    return file, file[name]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Trials: which image and which betas row belong together
+
+@dataclass
+class Trials:
+    """The trials of one subject and one split, in file order; the i-th entries of all arrays are the same trial."""
+
+    subject: int  # NSD's number, 1..8
+    image: np.ndarray  # (n,) int64, row of coco_images_224_float16.hdf5
+    beta: np.ndarray  # (n,) int64, row of betas_all_subj0N_fp32_renorm.hdf5
+    session: np.ndarray  # (n,) int64, from 1
+
+    def __len__(self) -> int:
+        return len(self.image)
+
+
+def count_sessions(data_path, subject: int) -> int:
+    """Number of training sessions on disk (0.tar, 1.tar, ..). Raises UserError if there is none, or a gap."""
+    folder = session_tar(data_path, subject, "train").parent
+    numbers = sorted(int(path.stem) for path in folder.glob("*.tar") if path.stem.isdigit())
+    for number in range(max(numbers, default=0) + 1):
+        if number not in numbers:
+            raise UserError(f"{folder}/{number}.tar is missing: check --data_path, or choose another --subj.")
+    return len(numbers)
+
+
+def load_trials(data_path, subject: int, split: str = "train", sessions: Iterable[int] | None = None) -> Trials:
+    """The trials of a subject, in file order.
+
+    split     "train", "test" (the release's first test set) or "new_test" (the complete one, the default everywhere)
+    sessions  numbers of training tars, from 0; None = all. The paper's 1-hour setting is [0] (A.2: the first in time).
+    Raises UserError if a tar is missing, cut short or lacks its behav.npy, or if there are fewer sessions.
+    """
+    here = count_sessions(data_path, subject) if split == "train" else 1
+    numbers = list(range(here) if sessions is None or split != "train" else sessions)
+    if not numbers or min(numbers) < 0 or max(numbers) >= here:
+        folder, wanted = session_tar(data_path, subject, split).parent, max(numbers, default=-1) + 1
+        raise UserError(f"{folder} has {here} sessions, not {wanted}: set --num_sessions between 1 and {here}.")
+    paths = [session_tar(data_path, subject, split, number) for number in numbers]
+    bar = tqdm(paths, desc=f"trials of subject {subject}", delay=2, leave=False)  # shown only if it takes > 2 s
+    behav = np.concatenate([read_behav(path) for path in bar])  # (n, 17)
+    return Trials(subject, *(behav[:, column].astype(np.int64) for column in (IMAGE, BETA, SESSION)))
+
+
+def read_behav(path: Path) -> np.ndarray:
+    """The behav table (n, 17) float64 of one tar, through webdataset. Raises UserError naming the tar."""
+    again = "get it again into --data_path."
+    if not path.is_file():
+        raise UserError(f"{path} is missing: --data_path must name the folder that holds wds/.")
+    # A bare pipeline, because wds.WebDataset would split the tars over DDP ranks; ours all read the same list.
+    samples = wds.DataPipeline(wds.SimpleShardList([str(path.absolute())]), wds.tarfile_to_samples())
+    table, used = [], 0
+    try:
+        for sample in samples:
+            used += sum(512 + -(-len(member) // 512) * 512 for member in sample.values() if isinstance(member, bytes))
+            if "behav.npy" not in sample:
+                raise UserError(f"{path}: {sample['__key__']} has no behav.npy: {again}")
+            table.append(np.load(io.BytesIO(sample["behav.npy"])).reshape(1, len(BEHAV_COLUMNS)))
+    except (tarfile.TarError, ValueError, EOFError, OSError) as error:
+        raise UserError(f"{path} is cut short or damaged ({(error.args or ['?'])[0]}): {again}") from None
+    # Python's tarfile ends quietly at a broken header or at zeros, so compare what was read with the file's size.
+    tail = path.stat().st_size - used
+    if not table or tail % 512 or tail > 2 * tarfile.RECORDSIZE:
+        raise UserError(f"{path} is cut short or damaged after {len(table)} trials: {again}")
+    if tail < 1024:  # an unclosed writer leaves this too, so it proves nothing
+        warnings.warn(f"{path} lacks tar's end mark; if {len(table)} trials are too few, {again}", stacklevel=2)
+    behav = np.concatenate(table)  # (n, 17)
+    rows = behav[:, [IMAGE, BETA, SESSION]]
+    if not (np.isfinite(rows).all() and (rows >= 0).all()):  # -1 = missing, harmless in the other columns only
+        raise UserError(f"{path}: a trial without image, session or global_trial (columns 0, 2, 5 of behav): {again}")
+    return behav
+
+
+def repeats(trials: Trials) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The distinct images, ascending (n_images,), and for each the positions in `trials` of its 1..3 repetitions."""
+    images, inverse, counts = np.unique(trials.image, return_inverse=True, return_counts=True)
+    by_image = np.argsort(inverse, kind="stable")  # (n,) positions, grouped by image, in file order within an image
+    return images, np.split(by_image, np.cumsum(counts)[:-1])
+
+
+def average_repeats(values, positions: list[np.ndarray]):
+    """Mean of values (n, ..) over each image's repetitions -> (n_images, ..), numpy or torch as given.
+
+    The paper tests on such averages (A.2). Of two repetitions the original takes one twice, which weighs them 2:1;
+    here each counts once. Subjects 1, 2, 5, 7, who finished all sessions, have three of each and do not differ.
+    """
+    if isinstance(values, torch.Tensor):
+        return torch.stack([values[torch.as_tensor(p)].float().mean(0) for p in positions]).to(values.dtype)
+    return np.stack([np.mean(values[p], axis=0) for p in positions])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Voxels and images
+
+MISMATCH = "--data_path mixes files that do not belong together, get them again."
+
+def num_voxels(data_path, subject: int) -> int:
+    file, betas = open_h5(h5_path(data_path, "betas", subject), "betas")
+    with file:
+        return betas.shape[1]
+
+
+def load_voxels(data_path, trials: Trials, block: int = 512) -> torch.Tensor:
+    """Betas of the trials, (n, V) float32 in trial order. All of NSD's subject 1 are 1.7 GB.
+
+    Reads the file in blocks of rows from top to bottom and skips blocks without a wanted row: HDF5 is slow for
+    scattered rows, and takes no row twice. Raises UserError for rows outside the file and for NaN or infinite voxels.
+    """
+    path = h5_path(data_path, "betas", trials.subject)
+    file, betas = open_h5(path, "betas")
+    with file:
+        n_rows, n_voxels = betas.shape
+        if len(trials) and not 0 <= trials.beta.min() <= trials.beta.max() < n_rows:
+            raise UserError(f"{path} has {n_rows} rows, but its tars name row {trials.beta.max()}: {MISMATCH}")
+        voxels = np.empty((len(trials), n_voxels), np.float32)  # (n, V)
+        order = np.argsort(trials.beta, kind="stable")
+        cuts = np.searchsorted(trials.beta[order], np.arange(0, n_rows + block, block))
+        broken = []
+        for first, last in zip(cuts[:-1], cuts[1:], strict=True):
+            if first == last:
+                continue
+            where = order[first:last]  # trials whose row lies in this block
+            rows = trials.beta[where]
+            part = betas[rows[0] : rows[-1] + 1][rows - rows[0]]  # (rows of this block, V)
+            broken += rows[~np.isfinite(part).all(axis=1)].tolist()
+            voxels[where] = part
+    if broken:
+        raise UserError(f"{path}: {len(set(broken))} rows with NaN or infinite voxels, the first is row {broken[0]}: "
+                        "replace the file in --data_path.")  # fmt: skip
+    return torch.from_numpy(voxels)
+
+
+class Images:
+    """The image file: images[[5, 2, 5]] -> (3, 3, H, W) float32 in [0, 1], read when asked for, in that order."""
+
+    def __init__(self, data_path):
+        self.path, self._pid = h5_path(data_path, "images"), None
+        images = self._open()
+        if images.ndim != 4 or images.shape[1] != 3 or images.dtype.kind != "f":
+            raise UserError(f"{self.path}: 'images' is {images.dtype} {images.shape}, not float (n, 3, H, W): put "
+                            "MindEye2's own file into --data_path.")  # fmt: skip
+
+    def _open(self):
+        if self._pid != os.getpid():  # HDF5 handles do not survive a fork: each process opens the file for itself
+            self._file, self._images = open_h5(self.path, "images")
+            self._pid = os.getpid()
+        return self._images
+
+    def __len__(self) -> int:
+        return self._open().shape[0]
+
+    @property
+    def size(self) -> int:
+        return self._open().shape[2]
+
+    def fingerprint(self) -> str:
+        """Short hash of shape, file size and eight pictures: enough to tell one image file from another."""
+        digest = hashlib.sha1(f"{self._open().shape} {self.path.stat().st_size}".encode())
+        for row in np.linspace(0, len(self) - 1, 8).astype(int):
+            digest.update(self._open()[row].tobytes())
+        return digest.hexdigest()[:12]
+
+    def __getitem__(self, indices) -> torch.Tensor:
+        images = self._open()
+        rows, inverse = np.unique(np.atleast_1d(np.asarray(indices, np.int64)), return_inverse=True)
+        if len(rows) and not 0 <= rows[0] <= rows[-1] < len(images):
+            raise UserError(f"{self.path} has {len(images)} images, but the tars name image {rows[-1]}: {MISMATCH}")
+        pictures = torch.from_numpy(images[rows]).float()  # (distinct, 3, H, W); HDF5 wants ascending, distinct rows
+        return pictures[torch.from_numpy(inverse)]  # (B, 3, H, W)
+
+
+def load_region_masks(data_path, subject: int) -> dict[str, np.ndarray]:
+    """{region: (V,) bool} of one subject's voxels."""
+    file, group = open_h5(h5_path(data_path, "masks"), f"subj0{subject}")
+    with file:
+        return {region: mask[:].astype(bool) for region, mask in group.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Epochs
+
+def steps_per_epoch(trials_list: list[Trials], batch_size: int, world: int = 1) -> int:
+    """Steps of one epoch; batch_size = trials a step and process, over all subjects.
+
+    As in the original: trials of the subject with the most, over the trials of a step. So a pretraining epoch shows a
+    seventh of everybody's trials. (The original counts 750 a session; the training tars hold 27,000 of the 30,000.)
+    """
+    return max(1, max(map(len, trials_list)) // (batch_size * world))
+
+
+def epoch_batches(
+    trials_list: list[Trials], batch_size: int, steps: int, seed: int, epoch: int, rank: int = 0, world: int = 1
+) -> Iterator[list[np.ndarray]]:
+    """Yield `steps` batches: for each subject, `batch_size` positions in its Trials.
+
+    Trials are permuted anew by (seed, epoch, subject); every process works out the whole schedule and takes its part,
+    so no trial is seen by two. A subject with too few trials goes on with a fresh permutation. No batch shows an image
+    twice, as far as that can be avoided: `separate_twins`.
+    """
+    schedules = []
+    for trials in trials_list:
+        rng = np.random.default_rng([seed, epoch, trials.subject])
+        needed = steps * world * batch_size
+        rounds = -(-needed // len(trials))
+        order = np.concatenate([rng.permutation(len(trials)) for _ in range(rounds)])[:needed]  # (steps*world*B,)
+        order = separate_twins(order.reshape(-1, batch_size), trials.image, rng)  # (steps*world, B)
+        schedules.append(order.reshape(steps, world, batch_size))  # (steps, world, B)
+    for step in range(steps):
+        yield [schedule[step, rank] for schedule in schedules]
+
+
+def separate_twins(order: np.ndarray, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Swap trials between the batches (rows) of order (batches, B) until no batch shows an image twice.
+
+    The contrastive loss takes every other image of the batch as a negative: a second trial of the same image would be
+    pushed away from its own target. The original drops such batches; a swap keeps every trial in the epoch. Images
+    are compared within a subject: those seen by several subjects are all in the test set.
+    """
+    order, width = order.copy(), order.shape[1]
+    shown = image[order]  # (batches, B)
+    if len(np.unique(image)) < width:
+        return order  # cannot be avoided
+    for _ in range(3):  # once is nearly always enough; a swap that has no place now may have one later
+        ranked = np.argsort(shown, axis=1, kind="stable")  # (batches, B)
+        sorted_images = np.take_along_axis(shown, ranked, axis=1)
+        batches, places = np.nonzero(sorted_images[:, 1:] == sorted_images[:, :-1])
+        for batch, slot in zip(batches, ranked[batches, places + 1], strict=True):
+            twin = shown[batch, slot]
+            if (shown[batch] == twin).sum() < 2:
+                continue  # an earlier swap took the other one away
+            fits = ~np.isin(shown, shown[batch]) & (shown != twin).all(axis=1, keepdims=True)  # (batches, B)
+            if not fits.any():
+                continue
+            other, place = divmod(int(rng.choice(np.flatnonzero(fits))), width)
+            for table in (order, shown):
+                table[batch, slot], table[other, place] = table[other, place], table[batch, slot]
+    return order
+
+
+def prefetch(items: Iterable, n: int = 2) -> Iterator:
+    """Yield the items, up to n of them prepared ahead by a thread; an error in preparing is raised here."""
+    items, end = iter(items), object()
+    with ThreadPoolExecutor(1) as pool:
+        ahead = deque(pool.submit(next, items, end) for _ in range(n))
+        while (item := ahead.popleft().result()) is not end:
+            ahead.append(pool.submit(next, items, end))
+            yield item
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Targets: the frozen networks' outputs, computed once per image
+
+TARGETS_VERSION = 1  # part of every cache's key: raise it when the code that computes targets changes its output
+FILL = "run train.py with this --cache_dir, it computes what is missing."
+FLUSH_BATCHES = 16  # a killed build loses at most this many batches
+
+
+def network_fingerprint(module: torch.nn.Module) -> str:
+    """Short hash of a network: name, shape and 16 values of each tensor, so that a 10 GB network takes a moment.
+
+    Values are hashed in half precision: a float32 and a float16 copy of the same weights share their cache.
+    """
+    digest = hashlib.sha1(type(module).__name__.encode())
+    for name, tensor in module.state_dict().items():
+        if isinstance(tensor, torch.Tensor):
+            flat = tensor.detach().flatten()
+            values = flat[:: max(1, len(flat) // 16)][:16].cpu().half()
+            digest.update(f"{name} {tuple(tensor.shape)}".encode() + values.numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def check_disk(folder: Path, needed: int):
+    free = shutil.disk_usage(folder).free
+    if needed > free:  # a memory map on a full disk ends the process without a Python error, hence before starting
+        raise UserError(f"Targets need {needed:,} bytes, {folder} has {free:,} free: put --cache_dir on a larger disk.")
+
+
+class TargetCache:
+    """One network's output for the images: cache[[5, 2, 5]] -> (3, *shape) float16, as stored.
+
+    A memory-mapped float16 array with a row for every image of the image file (rows never written take no disk), and
+    beside it one bool per row: done or not. encode(images (B, 3, H, W), rows (B,)) -> (B, *shape) may be None where
+    the cache is only read. `fingerprint` must tell networks and image files apart: it is part of the file name, so
+    another network's leftover is never used. One process fills; another sees the rows as soon as they are done.
+    """
+
+    def __init__(self, folder, name: str, encode: Callable | None, shape: tuple[int, ...], fingerprint: str):
+        self.name, self.encode, self.shape = name, encode, tuple(shape)
+        self.path = Path(folder) / f"{name}_{fingerprint}.npy"
+        self.done_path = self.path.with_suffix(".done.npy")
+        self._targets = self._done = None
+        self.row_bytes = 2 * int(np.prod(self.shape))
+
+    def _open(self, mode: str):
+        try:
+            for attempt in ("r", mode):  # "r" first: "r+" alone would lengthen a file cut short, with zeros
+                self._targets = np.load(self.path, mmap_mode=attempt)  # (images, *shape)
+                self._done = np.load(self.done_path, mmap_mode=attempt)  # (images,)
+            if self._targets.shape != (len(self._done), *self.shape):
+                raise ValueError(f"shape {self._targets.shape}")
+        except FileNotFoundError:
+            raise UserError(f"{self.path} is missing: {FILL}") from None
+        except (ValueError, EOFError) as error:
+            raise UserError(f"{self.path} is damaged ({error}): delete it, then {FILL}") from None
+
+    def _create(self, rows: int):
+        self.done_path.unlink(missing_ok=True)  # first: a done row must never refer to targets that are gone
+        for path, dtype, shape in ((self.path, np.float16, (rows, *self.shape)), (self.done_path, bool, (rows,))):
+            with replacing(path) as temporary:
+                np.lib.format.open_memmap(temporary, mode="w+", dtype=dtype, shape=shape).flush()
+
+    def missing(self, indices) -> np.ndarray:
+        """The distinct images of `indices` without targets, ascending."""
+        rows = np.unique(np.asarray(indices, np.int64))
+        if not (self.path.exists() and self.done_path.exists()):
+            return rows
+        self._open("r")
+        return rows[~self._done[rows]]
+
+    @torch.no_grad()
+    def fill(self, images: Images, indices, batch_size: int = 64, device="cpu"):
+        """Compute the missing targets of these images. Raises UserError if the disk is too small or a target is NaN."""
+        rows = self.missing(indices)
+        if not len(rows):
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        check_disk(self.path.parent, len(rows) * self.row_bytes)
+        if not (self.path.exists() and self.done_path.exists()):
+            self._create(len(images))
+        self._open("r+")
+        pending = []  # batches computed but not yet on the disk
+        try:
+            with tqdm(total=len(rows), desc=f"{self.name} targets", unit="image") as bar:
+                for batch in np.split(rows, range(batch_size, len(rows), batch_size)):
+                    targets = self.encode(images[batch].to(device), batch).half().cpu()  # (B, *shape)
+                    if not torch.isfinite(targets).all():
+                        raise UserError(f"Network '{self.name}' gives NaN or more than float16 holds in image rows "
+                                        f"{batch[0]}..{batch[-1]}: check its weights in --cache_dir.")  # fmt: skip
+                    self._targets[batch] = targets.numpy()
+                    pending.append(batch)
+                    bar.update(len(batch))
+                    if len(pending) == FLUSH_BATCHES:
+                        self._mark_done(pending)
+        finally:
+            self._mark_done(pending)
+
+    def _mark_done(self, pending: list[np.ndarray]):
+        self._targets.flush()  # targets reach the disk before the note that they did
+        for batch in pending:
+            self._done[batch] = True
+        self._done.flush()
+        pending.clear()
+
+    def __getitem__(self, indices) -> torch.Tensor:
+        rows = np.atleast_1d(np.asarray(indices, np.int64))
+        if self._targets is None or not self._done[rows].all():
+            self._open("r")
+        if not self._done[rows].all():
+            raise UserError(f"{self.path} has no target of image {rows[~self._done[rows]][0]} yet: {FILL}")
+        return torch.from_numpy(np.array(self._targets[rows]))  # (B, *shape)
+
+
+def augmented(images: torch.Tensor, rows, view: int) -> torch.Tensor:
+    """View `view` of images (B, 3, H, W): 0 = as they are, others with colours changed and a tenth of the area cut off.
+
+    The teacher of the low-level head compares an image with a changed copy of itself (the original's blur_augs). Each
+    (image, view) has its own seed, so a cache does not depend on the order in which it was filled. torchvision draws
+    from torch's global CPU generator: it is forked, and only it is seeded (torch.manual_seed would reset CUDA's too).
+    """
+    if view == 0:
+        return images
+    change = v2.Compose([
+        v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
+        v2.RandomGrayscale(0.1),
+        v2.RandomSolarize(threshold=0.5, p=0.1),  # kornia, used by the original, varies the threshold by .1
+        v2.RandomResizedCrop(tuple(images.shape[-2:]), scale=(0.9, 0.9), ratio=(1.0, 1.0), antialias=True),
+    ])  # fmt: skip
+    changed = []
+    with torch.random.fork_rng(devices=[]):
+        for image, row in zip(images, rows, strict=True):
+            torch.default_generator.manual_seed(1000 * int(row) + view)
+            changed.append(change(image))  # (3, H, W)
+    return torch.stack(changed).clamp(0, 1)  # (B, 3, H, W)
+
+
+@torch.no_grad()
+def cache_targets(
+    data_path, cache_dir, indices, networks: dict, views: int = 2, device="cpu", folder=None, batch_size: int = 64
+) -> dict[str, TargetCache]:
+    """Make sure that every image of `indices` has its targets; returns the caches by the networks' names.
+
+    networks  some of "clip" (tokens), "vae" (latents), "teacher" (features of the image and of `views` changed copies)
+    folder    where the caches lie, {cache_dir}/targets unless given
+    The original draws a new changed copy at every step, which keeps the teacher (350 M parameters) in the loop. We
+    cache `views` copies and let the loop choose one: the loop then holds no frozen network at all.
+    With several processes, rank 0 calls this first while the others wait; they then find nothing missing.
+    """
+    encoders = {
+        "clip": lambda network, images, rows: network.tokens(images),  # (B, S, D)
+        "vae": lambda network, images, rows: encode_latents(network, images),  # (B, 4, L, L)
+        "teacher": lambda network, images, rows: torch.stack(
+            [network(augmented(images, rows, view)) for view in range(views + 1)], dim=1),  # (B, views+1, F, 512)
+    }  # fmt: skip
+    folder = Path(folder or Path(cache_dir) / "targets")
+    folder.mkdir(parents=True, exist_ok=True)
+    images = Images(data_path)
+    sample = np.max(indices, keepdims=True)  # the highest row: also checks that the image file has it
+    caches = {}
+    for name, network in networks.items():
+        encode = partial(encoders[name], network.to(device).eval())
+        shape = tuple(encode(images[sample].to(device), sample).shape[1:])
+        key = f"{network_fingerprint(network)} {images.fingerprint()} {shape} {TARGETS_VERSION}"
+        caches[name] = TargetCache(folder, name, encode, shape, hashlib.sha1(key.encode()).hexdigest()[:12])
+    check_disk(folder, sum(len(cache.missing(indices)) * cache.row_bytes for cache in caches.values()))
+    for cache in caches.values():
+        cache.fill(images, indices, batch_size, device)
+    return caches
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writers of the same formats, for the toy world and for your own subject
+
+@contextmanager
+def replacing(path) -> Iterator[Path]:
+    """Give a temporary name to write to; it takes the place of `path` only when all is written."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_session_tar(path, behav, past, future, olds, start: int = 0):
+    """One tar: behav (n, 17), past and future (n, 15, 17), olds (n, 3, 17), -1 = missing; keys count on from start."""
+    tables = {"behav": behav[:, None], "past_behav": past, "future_behav": future, "olds_behav": olds}
+    with replacing(path) as temporary, wds.TarWriter(str(temporary.absolute()), mtime=0) as tar:  # no clock in the file
+        for i in range(len(behav)):
+            members = {f"{name}.npy": np.asarray(table[i], np.float64) for name, table in tables.items()}
+            tar.write({"__key__": f"sample{start + i:09d}", **members})
+
+
+def behaviour_windows(table: np.ndarray, window: int = 15) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """past (n, window, 17), future (n, window, 17), olds (n, 3, 17) of a subject's whole behav table (n, 17).
+
+    past and future are the trials just before and after in the same session, olds the image's other trials in any
+    session, all in order of time and padded with -1 on the far side: past's LAST and future's FIRST row are the
+    neighbours (our choice: MindEye2 never reads these). Rows may come in any order; test trials must be among them.
+    """
+    n, width = table.shape
+    past, future = (np.full((n, window, width), -1.0) for _ in range(2))  # (n, window, 17)
+    olds = np.full((n, 3, width), -1.0)  # (n, 3, 17)
+    by_time = np.argsort(table[:, BETA], kind="stable")
+    for session in np.unique(table[:, SESSION]):
+        rows = by_time[table[by_time, SESSION] == session]
+        for k, row in enumerate(rows):
+            before, after = rows[max(0, k - window) : k], rows[k + 1 : k + 1 + window]
+            past[row, window - len(before) :] = table[before]
+            future[row, : len(after)] = table[after]
+    _, group, counts = np.unique(table[by_time, IMAGE], return_inverse=True, return_counts=True)
+    for rows in np.split(by_time[np.argsort(group, kind="stable")], np.cumsum(counts)[:-1]):
+        for row in rows:
+            others = rows[rows != row][:3]
+            olds[row, : len(others)] = table[others]
+    return past, future, olds
+
+
+def write_array(name: str, dtype, path, array):
+    with replacing(path) as temporary, h5py.File(temporary, "w") as file:
+        array = np.asarray(array, dtype)
+        rows = max(1, 2**18 // max(1, array[:1].nbytes))  # chunks of whole rows, some 256 kB: a row is what gets read
+        file.create_dataset(name, data=array, chunks=(min(rows, len(array)), *array.shape[1:]), track_times=False)
+
+
+write_betas = partial(write_array, "betas", np.float32)  # (path, betas (all trials, V)), numpy or torch
+write_images = partial(write_array, "images", np.float16)  # (path, images (n, 3, H, W) in [0, 1]), numpy or torch
+
+
+def write_region_masks(path, masks: dict[int, dict[str, np.ndarray]]):
+    """masks {subject: {region: (V,) bool}}."""
+    with replacing(path) as temporary, h5py.File(temporary, "w") as file:
+        for subject, regions in masks.items():
+            for region, mask in regions.items():
+                file.create_dataset(f"subj0{subject}/{region}", data=np.asarray(mask, bool), track_times=False)

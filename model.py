@@ -1,0 +1,1003 @@
+"""The networks of MindEye2, shared by every stage.
+
+What is here, in reading order:
+
+    errors             UserError, run_main                   one printed sentence instead of a traceback
+    brain model        RidgeRegression, Backbone             voxels (B, V) -> CLIP-like tokens (B, 256, 1664)
+    diffusion prior    NoiseScheduler ... DiffusionPrior     those tokens -> tokens that the image decoder understands
+    MindEye2           the three together; its forward is the one call that DDP or DeepSpeed wraps
+    losses             mixco, mixco_nce, soft_clip_loss, soft_contrastive_loss, cosine_anneal
+    optimizer groups, checkpoints
+    frozen networks    CLIP, VAE, low-level teacher, unCLIP decoder
+
+Sources: Scotti et al. 2024, "MindEye2", arXiv 2403.11207 (section numbers below are its own); the public release
+of its code, whose state-dict names are kept so that its checkpoints load with strict=True; DALL-E 2, arXiv
+2204.06125 (the prior); Kim et al. 2020, arXiv 2010.08558 (MixCo).
+
+Letters in the shape comments: B samples, V voxels, h hidden width, S tokens and D channels of an image embedding
+(256 and 1664 for CLIP ViT-bigG/14), L side of a VAE latent (28 for 224 pixels), F = (L/4)^2 low-level positions,
+N = 2 S + 1 tokens inside the prior, H heads of d channels.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import pickle
+import sys
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import diffusers
+import open_clip
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.models.autoencoders.vae import Decoder
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import ConvNextModel
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Errors that the user can mend
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class UserError(Exception):
+    """Something the user can mend; the text is one sentence: what is wrong, where, and which flag helps."""
+
+def run_main(main: Callable[[], object]) -> None:
+    """Run a script's `main()`; an error that the user can mend is printed as one sentence and exits with code 2.
+
+    Covers UserError, a full GPU and a full disk. Anything else is a bug and keeps its traceback.
+    """
+    try:
+        main()
+    except UserError as error:
+        sentence = str(error)
+    except torch.cuda.OutOfMemoryError:
+        sentence = "the GPU ran out of memory: pass a smaller --batch_size, or train with a smaller --hidden_dim."
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        sentence = f"no space is left on the disk{f' for {error.filename}' if error.filename else ''}: free some."
+    else:
+        return
+    print(f"error: {sentence}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Brain model: ridge (2.1), backbone and its two heads (2.2)
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class RidgeRegression(nn.Module):
+    """One linear layer per subject into a common space: the only part of the model that knows whose brain it is (2.1).
+
+    It is "ridge" through the optimizer's weight decay. Layer i belongs to the i-th subject of the run.
+    """
+    def __init__(self, num_voxels: list[int], hidden_dim: int) -> None:
+        super().__init__()
+        self.linears = nn.ModuleList(nn.Linear(voxels, hidden_dim) for voxels in num_voxels)
+
+    def forward(self, voxels: Tensor, subject: int) -> Tensor:
+        """(B, V) or (B, 1, V) z-scored voxels of one subject -> (B, h)."""
+        return self.linears[subject](voxels.flatten(1))  # (B, h)
+
+
+def _mixer_block(width: int) -> nn.Sequential:
+    """LayerNorm, then a two-layer perceptron: half of one MLP-Mixer step."""
+    mlp = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Dropout(0.15), nn.Linear(width, width))
+    return nn.Sequential(nn.LayerNorm(width), mlp)
+
+
+class Backbone(nn.Module):
+    """Shared-space activity (B, h) -> tokens (B, S, D), retrieval tokens (B, S, D), blurry latents (B, 4, L, L) (2.2).
+
+    kind="released" is what the published code computes, kind="mlp" the residual MLP that the paper describes; the
+    parameters have the same names and shapes. seq_len > 1 (time points) is the only case where the mixer mixes.
+    """
+    def __init__(
+        self, hidden_dim: int, n_blocks: int, clip_seq_dim: int, clip_emb_dim: int, latent_size: int = 28,
+        blurry_recon: bool = True, kind: str = "released", seq_len: int = 1,
+    ) -> None:
+        super().__init__()
+        if kind not in ("released", "mlp") or latent_size % 4:
+            raise ValueError(f"backbone {kind!r} is not 'released' or 'mlp', or 4 does not divide {latent_size=}")
+        self.kind, self.seq_len, self.grid = kind, seq_len, latent_size // 4
+        self.token_shape = (clip_seq_dim, clip_emb_dim)
+        self.mixer_blocks1 = nn.ModuleList(_mixer_block(hidden_dim) for _ in range(n_blocks))
+        self.mixer_blocks2 = nn.ModuleList(_mixer_block(seq_len) for _ in range(n_blocks))
+        self.backbone_linear = nn.Linear(hidden_dim * seq_len, clip_seq_dim * clip_emb_dim)
+        # The retrieval head: its tokens meet CLIP only through the contrastive loss, apart from the prior's regression.
+        layers = [(nn.LayerNorm(clip_emb_dim), nn.GELU(), nn.Linear(clip_emb_dim, clip_emb_dim)) for _ in range(3)]
+        self.clip_proj = nn.Sequential(*(part for layer in layers for part in layer))
+        self.blurry_recon = blurry_recon
+        if blurry_recon:
+            self._build_blurry_head(hidden_dim * seq_len)
+        # With seq_len 1 one half of the blocks cannot learn (see `_mix`). It is carried for the checkpoints' sake,
+        # frozen, because DDP demands a gradient for every parameter that asks for one.
+        if seq_len == 1:
+            (self.mixer_blocks1 if kind == "released" else self.mixer_blocks2).requires_grad_(False)
+
+    def _build_blurry_head(self, width: int) -> None:
+        """The low-level head: a small VAE decoder, 4 times larger at its output, and a projector to the teacher."""
+        self.blin1 = nn.Linear(width, 64 * self.grid**2)
+        self.bdropout = nn.Dropout(0.3)
+        self.bnorm = nn.GroupNorm(1, 64)
+        self.bupsampler = Decoder(
+            in_channels=64, out_channels=4, up_block_types=["UpDecoderBlock2D"] * 3,
+            block_out_channels=[32, 64, 128], layers_per_block=1,
+        )
+        self.b_maps_projector = nn.Sequential(
+            nn.Conv2d(64, 512, 1, bias=False), nn.GroupNorm(1, 512), nn.ReLU(inplace=True),
+            nn.Conv2d(512, 512, 1, bias=False), nn.GroupNorm(1, 512), nn.ReLU(inplace=True),
+            nn.Conv2d(512, 512, 1),
+        )
+
+    def _mix(self, x: Tensor) -> Tensor:
+        """(B, seq_len, h) -> (B, seq_len * h): the residual blocks, in the variant that applies."""
+        if self.seq_len > 1:
+            skip_tokens, skip_time = x, x.transpose(1, 2)
+            for block1, block2 in zip(self.mixer_blocks1, self.mixer_blocks2, strict=True):
+                skip_tokens = block1(x) + skip_tokens                        # (B, seq_len, h)
+                skip_time = block2(skip_tokens.transpose(1, 2)) + skip_time  # (B, h, seq_len)
+                x = skip_time.transpose(1, 2)
+            return x.flatten(1)                                              # (B, seq_len * h)
+        x = x.flatten(1)                                                     # (B, h)
+        if self.kind == "mlp":
+            for block in self.mixer_blocks1:
+                x = x + block(x)
+            return x                                                         # (B, h)
+        # The released mixer normalises over ONE time point, which leaves only the LayerNorm's bias, and its second
+        # residual bypasses block 1: each block adds one learned scalar (in training, dropout makes two of it). The
+        # released backbone is thus linear in the voxels; zeros stand for the input that the blocks cannot see.
+        for block in self.mixer_blocks2:
+            x = x + block(torch.zeros_like(x)[..., None])[..., 0]
+        return x                                                             # (B, h)
+
+    def forward(self, x: Tensor) -> SimpleNamespace:
+        """x (B, h) or (B, seq_len, h) -> .backbone, .clip_voxels, .blurry_latents, .blurry_features (None if off)."""
+        x = self._mix(x)                                                                  # (B, seq_len * h)
+        tokens = self.backbone_linear(x).unflatten(1, self.token_shape)                   # (B, S, D)
+        out = SimpleNamespace(backbone=tokens, clip_voxels=self.clip_proj(tokens))        # (B, S, D) each
+        out.blurry_latents = out.blurry_features = None
+        if self.blurry_recon:
+            maps = self.bdropout(self.blin1(x))                                           # (B, 64 * F)
+            maps = self.bnorm(maps.unflatten(1, (64, self.grid, self.grid)))              # (B, 64, L/4, L/4)
+            out.blurry_latents = self.bupsampler(maps)                                    # (B, 4, L, L)
+            out.blurry_features = self.b_maps_projector(maps).flatten(2).transpose(1, 2)  # (B, F, 512)
+        return out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Diffusion prior (2.2): a transformer that turns noise into image tokens, given brain tokens
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class NoiseScheduler(nn.Module):
+    """The cosine noise schedule as 13 tables of length T, computed in float64 and kept in float32.
+
+    x_t = sqrt(alphas_cumprod_t) x_0 + sqrt(1 - alphas_cumprod_t) noise. p2_loss_weight is all ones and unused.
+    """
+    def __init__(self, timesteps: int = 100) -> None:
+        super().__init__()
+        time = torch.linspace(0, timesteps, timesteps + 1, dtype=torch.float64) / timesteps
+        signal = torch.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2  # s = .008 keeps the first step from being nil
+        betas = (1 - signal[1:] / signal[:-1]).clamp(max=0.999)
+        alphas = 1 - betas
+        bar = alphas.cumprod(0)
+        before = F.pad(bar[:-1], (1, 0), value=1.0)
+        variance = betas * (1 - before) / (1 - bar)
+        tables = {
+            "betas": betas,
+            "alphas_cumprod": bar,
+            "alphas_cumprod_prev": before,
+            "sqrt_alphas_cumprod": bar.sqrt(),
+            "sqrt_one_minus_alphas_cumprod": (1 - bar).sqrt(),
+            "log_one_minus_alphas_cumprod": (1 - bar).log(),
+            "sqrt_recip_alphas_cumprod": (1 / bar).sqrt(),
+            "sqrt_recipm1_alphas_cumprod": (1 / bar - 1).sqrt(),
+            "posterior_variance": variance,
+            "posterior_log_variance_clipped": variance.clamp(min=1e-20).log(),
+            "posterior_mean_coef1": betas * before.sqrt() / (1 - bar),
+            "posterior_mean_coef2": (1 - before) * alphas.sqrt() / (1 - bar),
+            "p2_loss_weight": torch.ones_like(betas),
+        }
+        for name, table in tables.items():
+            self.register_buffer(name, table.float())
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm with a gain `g` and no bias; eps is 1e-5 for float32 input and 1e-3 for half input."""
+    def __init__(self, dim: int, stable: bool = False) -> None:
+        super().__init__()
+        self.stable = stable
+        self.g = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        eps = 1e-5 if x.dtype == torch.float32 else 1e-3
+        if self.stable:  # the divisor is the largest value, not the largest size: a negative one flips the token's sign
+            x = x / x.amax(-1, keepdim=True).detach()
+        return F.layer_norm(x.float(), self.g.shape, self.g.float(), None, eps)
+
+
+class RotaryEmbedding(nn.Module):
+    """Rotary positions on the first 32 channels of each head; the frequencies are constants that checkpoints hold."""
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        frequencies = 10000 ** -(torch.arange(0, dim, 2).float() / dim)
+        self.freqs = nn.Parameter(frequencies, requires_grad=False)
+
+    def forward(self, n: int) -> tuple[Tensor, Tensor]:
+        """cos and sin of the angles of positions 0..n-1, each (n, dim)."""
+        angles = torch.arange(n, device=self.freqs.device)[:, None] * self.freqs.float()  # (n, dim / 2)
+        angles = angles.repeat_interleave(2, -1)                                          # (n, dim)
+        return angles.cos(), angles.sin()
+
+
+def _rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn each pair of neighbouring channels (2i, 2i + 1) of x (..., n, d) by its position's angle."""
+    cos, sin = rotation
+    turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    quarter = torch.stack((-turned[..., 1::2], turned[..., 0::2]), -1).flatten(-2)  # the pairs, turned by 90 degrees
+    return torch.cat((turned * cos + quarter * sin, rest), -1)
+
+
+class RelPosBias(nn.Module):
+    """T5's relative-position bias: one learned number per head and distance bucket, shared by all layers."""
+    def __init__(self, heads: int, num_buckets: int = 32, max_distance: int = 128) -> None:
+        super().__init__()
+        self.num_buckets, self.max_distance = num_buckets, max_distance
+        self.relative_attention_bias = nn.Embedding(num_buckets, heads)
+
+    def forward(self, n: int) -> Tensor:
+        """The bias (H, n, n + 1) that is added to the attention logits; column 0 is the null key."""
+        device = self.relative_attention_bias.weight.device
+        # The null key shifts every key by one column, which the original ignores: key c - 1 gets the distance of c.
+        # Keys ahead of the query all count as distance 0 (causal buckets, although attention is not causal).
+        distance = torch.arange(n, device=device)[:, None] - torch.arange(n + 1, device=device)  # (n, n + 1)
+        distance = distance.clamp(min=0)
+        near = self.num_buckets // 2  # 16 buckets of one step each, then 16 of growing width up to max_distance
+        far = torch.log(distance.clamp(min=1) / near) / math.log(self.max_distance / near) * (self.num_buckets - near)
+        buckets = torch.where(distance < near, distance, (near + far.long()).clamp(max=self.num_buckets - 1))
+        return self.relative_attention_bias(buckets).permute(2, 0, 1).contiguous()               # (H, n, n + 1)
+
+
+class Attention(nn.Module):
+    """Cosine-similarity attention with one key/value head for all query heads (multi-query) and one null key."""
+    def __init__(self, dim: int, dim_head: int, heads: int, rotary_emb: RotaryEmbedding) -> None:
+        super().__init__()
+        self.heads, self.dim_head = heads, dim_head
+        self.null_kv = nn.Parameter(torch.randn(2, dim_head))
+        self.norm = LayerNorm(dim)
+        self.to_q = nn.Linear(dim, heads * dim_head, bias=False)
+        self.to_kv = nn.Linear(dim, 2 * dim_head, bias=False)
+        self.rotary_emb = rotary_emb  # the same module in every layer, so checkpoints list `freqs` once per layer
+        self.to_out = nn.Sequential(nn.Linear(heads * dim_head, dim, bias=False), LayerNorm(dim))
+
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], bias: Tensor) -> Tensor:
+        """x (B, N, D), rotation from RotaryEmbedding, bias (1, H, N, N + 1) -> (B, N, D)."""
+        x = self.norm(x)                                                                       # (B, N, D)
+        q = self.to_q(x).unflatten(-1, (self.heads, self.dim_head)).transpose(1, 2)            # (B, H, N, d)
+        k, v = self.to_kv(x)[:, None].chunk(2, -1)                                             # (B, 1, N, d) each
+        q, k = _rotate(q, rotation), _rotate(k, rotation)
+        null_k, null_v = self.null_kv[:, None, None, None].expand(-1, len(x), 1, 1, -1)        # (B, 1, 1, d) each
+        k, v = torch.cat((null_k, k), 2), torch.cat((null_v, v), 2)                            # (B, 1, N + 1, d)
+        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)  # so a logit is 16 times a cosine
+        # Fused kernels want a head size that is a multiple of 8; zeros change neither the dot products nor the rest.
+        q, k, v = (F.pad(t, (0, -self.dim_head % 8)) for t in (q, k, v))
+        k, v = k.expand(-1, self.heads, -1, -1), v.expand(-1, self.heads, -1, -1)              # (B, H, N + 1, d)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=16.0)  # (B, H, N, d)
+        return self.to_out(out[..., : self.dim_head].transpose(1, 2).flatten(2))               # (B, N, D)
+
+
+class SwiGLU(nn.Module):
+    """(..., 2 n) -> (..., n): the first half, gated by the second."""
+    def forward(self, x: Tensor) -> Tensor:
+        x, gate = x.chunk(2, -1)
+        return x * F.silu(gate)
+
+
+class PriorLayer(nn.Sequential):
+    """Attention (child 0) and feed-forward network (child 1), each inside a residual connection."""
+    def __init__(self, dim: int, dim_head: int, heads: int, rotary_emb: RotaryEmbedding) -> None:
+        up, down = nn.Linear(dim, 8 * dim, bias=False), nn.Linear(4 * dim, dim, bias=False)
+        unused = nn.Identity(), nn.Identity()  # an optional norm and a dropout of the original: they keep `down` at 5
+        feed_forward = nn.Sequential(LayerNorm(dim), up, SwiGLU(), *unused, down)
+        super().__init__(Attention(dim, dim_head, heads, rotary_emb), feed_forward)
+
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], bias: Tensor) -> Tensor:
+        attention, feed_forward = self
+        x = x + attention(x, rotation, bias)  # (B, N, D)
+        return x + feed_forward(x)            # (B, N, D)
+
+
+class PriorTransformer(nn.Module):
+    """The layers, with positions computed once for all of them, then a norm and a linear output."""
+    def __init__(self, dim: int, depth: int, dim_head: int, heads: int) -> None:
+        super().__init__()
+        self.rel_pos_bias = RelPosBias(heads)
+        rotary_emb = RotaryEmbedding(min(32, dim_head))
+        self.layers = nn.ModuleList(PriorLayer(dim, dim_head, heads, rotary_emb) for _ in range(depth))
+        self.norm = LayerNorm(dim, stable=True)
+        self.project_out = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
+        bias = self.rel_pos_bias(x.shape[1])[None]           # (1, H, N, N + 1)
+        rotation = self.layers[0][0].rotary_emb(x.shape[1])  # (N, 32) twice
+        for layer in self.layers:
+            x = layer(x, rotation, bias)                     # (B, N, D)
+        return self.project_out(self.norm(x))                # (B, N, D)
+
+
+class SinusoidalTime(nn.Module):
+    """(B,) timesteps -> (B, dim): sines, then cosines, of dim / 2 frequencies from 1 down to 1/10000."""
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.half = dim // 2
+
+    def forward(self, times: Tensor) -> Tensor:
+        steps = torch.arange(self.half, device=times.device)
+        angles = times[:, None].float() * torch.exp(steps * -(math.log(10000) / (self.half - 1)))  # (B, dim / 2)
+        return torch.cat((angles.sin(), angles.cos()), -1)                                         # (B, dim)
+
+
+class TimeMLP(nn.Module):
+    """(B, dim) -> (B, dim) through two hidden layers of 2 dim."""
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        first = nn.Sequential(nn.Linear(dim, 2 * dim), nn.SiLU())
+        second = nn.Sequential(nn.Linear(2 * dim, 2 * dim), nn.SiLU())
+        self.net = nn.Sequential(first, second, nn.Linear(2 * dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class PriorNetwork(nn.Module):
+    """Predicts the clean image tokens from noisy ones, the time and the brain tokens (2.2).
+
+    It reads [S brain tokens | 1 time token | S noisy image tokens + learned positions] and keeps the last S.
+    """
+    def __init__(self, num_tokens: int, dim: int, depth: int, dim_head: int) -> None:
+        super().__init__()
+        self.num_tokens = num_tokens
+        self.learned_query = nn.Parameter(torch.randn(num_tokens, dim) * dim**-0.5)
+        self.null_brain_embeds = nn.Parameter(torch.randn(num_tokens, dim))
+        self.null_image_embed = nn.Parameter(torch.randn(num_tokens, dim))
+        self.to_time_embeds = nn.Sequential(nn.Sequential(SinusoidalTime(dim), TimeMLP(dim)))
+        self.causal_transformer = PriorTransformer(dim, depth, dim_head, heads=max(1, dim // dim_head))
+
+    def forward(
+        self, noisy: Tensor, times: Tensor, brain: Tensor,
+        brain_keep: Tensor | None = None, image_keep: Tensor | None = None,
+    ) -> Tensor:
+        """noisy (B, S, D), times (B,) integers, brain (B, S, D) -> clean tokens (B, S, D).
+
+        A sample whose keep mask (B,) is False has that input replaced by a learned "nothing" embedding.
+        """
+        if brain_keep is not None:
+            brain = torch.where(brain_keep[:, None, None], brain, self.null_brain_embeds)  # (B, S, D)
+        if image_keep is not None:
+            noisy = torch.where(image_keep[:, None, None], noisy, self.null_image_embed)   # (B, S, D)
+        time = self.to_time_embeds(times)[:, None]                                         # (B, 1, D)
+        x = torch.cat((brain, time, noisy + self.learned_query), 1)                        # (B, 2 S + 1, D)
+        return self.causal_transformer(x)[:, -self.num_tokens :]                           # (B, S, D)
+
+
+class DiffusionPrior(nn.Module):
+    """Trains and samples the prior network (2.2): brain tokens (B, S, D) -> image tokens (B, S, D).
+
+    The targets are CLIP's raw tokens, neither normalised nor rescaled.
+    """
+    def __init__(self, num_tokens: int, dim: int, depth: int, dim_head: int, timesteps: int) -> None:
+        super().__init__()
+        self.timesteps = timesteps
+        self.noise_scheduler = NoiseScheduler(timesteps)
+        self.net = PriorNetwork(num_tokens, dim, depth, dim_head)
+
+    def loss(
+        self, backbone: Tensor, clip_target: Tensor, timesteps: Tensor | None = None, noise: Tensor | None = None,
+        keep: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Denoising loss: backbone and clip_target (B, S, D) -> the mean squared error (), the prediction (B, S, D).
+
+        timesteps (B,) in 0..T-1, noise (B, S, D), keep = (brain, image) boolean masks (B,); what is None is drawn.
+        """
+        target, table, device = clip_target.float(), self.noise_scheduler, clip_target.device
+        # The draws come in the original's order. Each input is dropped for a fifth of the samples, in evaluation too:
+        # dropping the brain allows guidance, dropping the image forces the network to use the brain.
+        if timesteps is None:
+            timesteps = torch.randint(0, self.timesteps, (len(target),), device=device)
+        if noise is None:
+            noise = torch.randn_like(target)
+        if keep is None:
+            keep = tuple(torch.rand(len(target), device=device) < 0.8 for _ in range(2))
+        signal_scale = table.sqrt_alphas_cumprod[timesteps, None, None]           # (B, 1, 1)
+        noise_scale = table.sqrt_one_minus_alphas_cumprod[timesteps, None, None]  # (B, 1, 1)
+        noisy = signal_scale * target + noise_scale * noise                       # (B, S, D)
+        prediction = self.net(noisy, timesteps, backbone, *keep).float()          # (B, S, D)
+        return F.mse_loss(prediction, target), prediction
+
+    def _predict(self, x: Tensor, step: int, backbone: Tensor, guidance: float) -> Tensor:
+        """Clean tokens (B, S, D) foreseen at one step; guidance > 1 moves away from what is foreseen without inputs."""
+        times = torch.full((len(x),), step, device=x.device)            # (B,)
+        prediction = self.net(x, times, backbone).float()               # (B, S, D)
+        if guidance == 1.0:
+            return prediction
+        nothing = torch.zeros_like(times, dtype=torch.bool)
+        blind = self.net(x, times, backbone, nothing, nothing).float()  # (B, S, D)
+        return blind + (prediction - blind) * guidance
+
+    @torch.no_grad()
+    def sample(
+        self, backbone: Tensor, timesteps: int = 20, noise: Tensor | None = None, step_noise: Tensor | None = None,
+        guidance: float = 1.0, generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Draw image tokens (B, S, D) for brain tokens (B, S, D).
+
+        timesteps 2..T-1 samples by DDIM with one network call fewer than that (20 -> 19 calls, 18 draws), T by DDPM
+        (T calls, T draws). noise (B, S, D) starts it, step_noise (draws, B, S, D) is added on the way; what is None
+        is drawn from `generator`. Raises ValueError for other timesteps.
+        """
+        if not 2 <= timesteps <= self.timesteps:
+            raise ValueError(f"timesteps must lie in 2..{self.timesteps}, not {timesteps}")
+        source = backbone.device if generator is None else generator.device
+
+        def randn() -> Tensor:
+            return torch.randn(backbone.shape, generator=generator, device=source).to(backbone.device)
+
+        draw = randn if step_noise is None else iter(step_noise).__next__
+        sampler = self._ddpm if timesteps == self.timesteps else self._ddim
+        return sampler(randn() if noise is None else noise.float(), backbone, timesteps, guidance, draw)
+
+    def _ddpm(self, x: Tensor, backbone: Tensor, timesteps: int, guidance: float, draw: Callable[[], Tensor]) -> Tensor:
+        """Every step: the mean of x_{t-1} given x_t and the foreseen x_0, plus noise of the posterior's variance."""
+        table = self.noise_scheduler
+        for t in reversed(range(timesteps)):
+            clean = self._predict(x, t, backbone, guidance)  # (B, S, D)
+            mean = table.posterior_mean_coef1[t] * clean + table.posterior_mean_coef2[t] * x
+            # A draw is made at t = 0 as well, and unused, to keep the original's sequence of random numbers.
+            x = mean + (t > 0) * (0.5 * table.posterior_log_variance_clipped[t]).exp() * draw()
+        return x
+
+    def _ddim(self, x: Tensor, backbone: Tensor, timesteps: int, guidance: float, draw: Callable[[], Tensor]) -> Tensor:
+        """Jumps t -> s over a grid (94, 89, ..., 4, -1 for 20 of 100) with eta = 1; s = -1 returns the foreseen x_0.
+
+        The signal level is read one step early, from alphas_cumprod_prev, while the noise in x_t is solved for with
+        the tables of t: the released models were sampled so.
+        """
+        table = self.noise_scheduler
+        grid = torch.linspace(-1, self.timesteps, timesteps + 1)[:-1].int().tolist()[::-1]
+        for t, s in zip(grid[:-1], grid[1:], strict=True):
+            clean = self._predict(x, t, backbone, guidance)                                  # (B, S, D)
+            if s < 0:
+                break
+            noise = (table.sqrt_recip_alphas_cumprod[t] * x - clean) / table.sqrt_recipm1_alphas_cumprod[t]
+            now, then = table.alphas_cumprod_prev[t], table.alphas_cumprod_prev[s]
+            fresh = ((1 - now / then) * (1 - then) / (1 - now)).sqrt()  # eta = 1: as much new noise as DDPM adds
+            x = then.sqrt() * clean + (1 - then - fresh**2).sqrt() * noise + fresh * draw()  # (B, S, D)
+        return clean
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The whole model
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class MindEye2(nn.Module):
+    """ridge + backbone + diffusion_prior (None without a prior); every size is a constructor argument.
+
+    The defaults are subject 1 of the paper: 2.23 billion parameters.
+    """
+    def __init__(
+        self, num_voxels: list[int], hidden_dim: int = 4096, n_blocks: int = 4, clip_seq_dim: int = 256,
+        clip_emb_dim: int = 1664, latent_size: int = 28, blurry_recon: bool = True, use_prior: bool = True,
+        backbone: str = "released", prior_depth: int = 6, prior_dim_head: int = 52, prior_timesteps: int = 100,
+    ) -> None:
+        super().__init__()
+        self.ridge = RidgeRegression(num_voxels, hidden_dim)
+        self.backbone = Backbone(hidden_dim, n_blocks, clip_seq_dim, clip_emb_dim, latent_size, blurry_recon, backbone)
+        prior_sizes = clip_seq_dim, clip_emb_dim, prior_depth, prior_dim_head, prior_timesteps
+        self.diffusion_prior = DiffusionPrior(*prior_sizes) if use_prior else None
+
+    def embed(self, voxels: Tensor, subject: int = 0) -> SimpleNamespace:
+        """Voxels (B, V) or (B, 1, V) of one subject (its index in the ridge) -> the backbone's four outputs.
+
+        .backbone (B, S, D), .clip_voxels (B, S, D), .blurry_latents (B, 4, L, L), .blurry_features (B, F, 512); the
+        last two are None without the blurry head.
+        """
+        return self.backbone(self.ridge(voxels, subject))
+
+    def forward(self, voxels: list[Tensor], clip_target: Tensor | None = None) -> dict[str, Tensor]:
+        """The training pass: one tensor (b_s, V_s) per subject, B = sum of b_s; clip_target (B, S, D).
+
+        Returns those that exist of backbone, clip_voxels, blurry_latents, blurry_features (shapes as in `embed`),
+        loss_prior () and prior_prediction (B, S, D). DDP and DeepSpeed see only this call, so it does everything.
+        """
+        shared = torch.cat([self.ridge(x, subject) for subject, x in enumerate(voxels)])  # (B, h)
+        out = {name: value for name, value in vars(self.backbone(shared)).items() if value is not None}
+        if self.diffusion_prior is not None and clip_target is not None:
+            out["loss_prior"], out["prior_prediction"] = self.diffusion_prior.loss(out["backbone"], clip_target)
+        return out
+
+    @torch.no_grad()
+    def tie_positions(self, std: float = 1.0, generator: torch.Generator | None = None) -> None:
+        """Start with brain token i and image token i marked by the same random vector, of that std per channel.
+
+        The prior has to find out that brain token i belongs to image token i. With the small default positions
+        attention cannot tell, and for thousands of steps it ignores the brain. One table (S, D) becomes
+        learned_query and is added to backbone_linear.bias: a change of initial values, not of structure.
+        """
+        if self.diffusion_prior is None:
+            return
+        query, bias = self.diffusion_prior.net.learned_query, self.backbone.backbone_linear.bias
+        table = std * torch.randn(query.shape, generator=generator).to(query)  # (S, D)
+        query.copy_(table)
+        bias.add_(table.flatten())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Losses and MixCo (2.2); all in float32, whatever autocast says, since a temperature of .004 makes large logits
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def mixco(
+    voxels: Tensor, beta: float = 0.15, s_thresh: float = 0.5, perm: Tensor | None = None,
+    betas: Tensor | None = None, select: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mix each selected sample with another one: betas v_i + (1 - betas) v_perm(i).
+
+    voxels (B, ...) of ONE subject, untouched. Returns the mixed voxels (B, ...), perm (B,), betas (B,) in [0, 1] and
+    1 where nothing was mixed, select (B,) boolean. Whatever is not given is drawn, in this order.
+    """
+    count, device = len(voxels), voxels.device
+    perm = torch.randperm(count) if perm is None else perm
+    betas = torch.distributions.Beta(beta, beta).sample([count]) if betas is None else betas
+    select = torch.rand(count) <= s_thresh if select is None else select
+    perm, betas, select = perm.to(device), betas.to(device, voxels.dtype), select.to(device)
+    betas = torch.where(select, betas, torch.ones_like(betas))  # (B,)
+    weight = betas.view(-1, *[1] * (voxels.ndim - 1))           # (B, 1, ...)
+    return voxels * weight + voxels[perm] * (1 - weight), perm, betas, select
+
+
+def _logits(a: Tensor, b: Tensor, temp: float) -> Tensor:
+    """(B, E) and (B', E), unit length -> their cosines over the temperature (B, B'), in float32."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a.float() @ b.float().T / temp
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean over rows of -sum targets * log softmax(logits): cross-entropy with soft targets."""
+    return -(logits.log_softmax(-1) * targets).sum(-1).mean()
+
+
+def mixco_nce(
+    preds: Tensor, targs: Tensor, temp: float, perm: Tensor, betas: Tensor, select: Tensor, released: bool = False,
+) -> Tensor:
+    """BiMixCo: a mixed sample must be found beta near its own image and 1 - beta near its partner's.
+
+    preds, targs (B, E) of unit length; perm, betas, select (B,) from `mixco`, with perm already counted over the
+    whole batch when several subjects are concatenated. Both directions, averaged; returns a scalar.
+    """
+    rows = torch.arange(len(preds), device=preds.device)
+    betas = torch.where(select, betas.float(), 1.0)  # (B,)
+    targets = torch.diag(betas)                      # (B, B)
+    # Where perm(i) = i the two masses belong on the same image and add up to 1. The original overwrote the first with
+    # the second (released=True), and such samples were taught the weight 1 - beta.
+    if released:
+        targets[rows, perm] = 1 - betas
+    else:
+        targets[rows, perm] += 1 - betas
+    logits = _logits(preds, targs, temp)             # (B, B)
+    return (_cross_entropy(logits, targets) + _cross_entropy(logits.T, targets.T)) / 2
+
+
+def soft_clip_loss(preds: Tensor, targs: Tensor, temp: float) -> Tensor:
+    """SoftCLIP: the targets are how much the images resemble each other, softmax(targs targs^T / temp).
+
+    preds, targs (B, E) of unit length; both directions, averaged; returns a scalar.
+    """
+    targets = _logits(targs, targs, temp).softmax(-1)  # (B, B)
+    logits = _logits(preds, targs, temp)               # (B, B)
+    return (_cross_entropy(logits, targets) + _cross_entropy(logits.T, targets)) / 2
+
+
+def soft_contrastive_loss(student: Tensor, teacher: Tensor, teacher_aug: Tensor, temp: float) -> Tensor:
+    """SoftCLIP for the low-level features: brain against augmented image as image against augmented image.
+
+    All (B * F, E) of unit length; both directions, averaged; returns a scalar.
+    """
+    targets = _logits(teacher, teacher_aug, temp)  # (B * F, B * F)
+    logits = _logits(student, teacher_aug, temp)   # (B * F, B * F)
+    forward = _cross_entropy(logits, targets.softmax(-1))
+    return (forward + _cross_entropy(logits.T, targets.T.softmax(-1))) / 2
+
+
+def cosine_anneal(start: float, end: float, steps: int) -> Tensor:
+    """(steps,) values from start to end along half a cosine: the temperatures of the SoftCLIP phase."""
+    return end + (start - end) / 2 * (1 + torch.cos(math.pi * torch.arange(steps) / max(steps - 1, 1)))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Optimizer groups and checkpoints
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def parameter_groups(model: nn.Module, weight_decay: float = 1e-2) -> list[dict]:
+    """AdamW groups in the original's order: ridge | backbone decayed, not | prior decayed, not.
+
+    Parameters named *bias* are not decayed, except in the ridge; gains of norms are, by the original's rule.
+    Frozen parameters keep their place, so that optimizer states stay interchangeable; AdamW skips them.
+    """
+    model = getattr(model, "module", model)
+    groups = [{"params": list(model.ridge.parameters()), "weight_decay": weight_decay}]
+    for part in (model.backbone, model.diffusion_prior):
+        if part is None:
+            continue
+        named = list(part.named_parameters())
+        groups.append({"params": [p for name, p in named if "bias" not in name], "weight_decay": weight_decay})
+        groups.append({"params": [p for name, p in named if "bias" in name], "weight_decay": 0.0})
+    return groups
+
+
+def save_checkpoint(path: str | Path, model: nn.Module, **extra: object) -> None:
+    """Write model_state_dict and whatever is in `extra` (epoch, optimizer_state_dict, lr_scheduler, losses, lrs, ...).
+
+    Written beside `path` and renamed, so that an interrupted run leaves the former file whole. Give
+    config={"backbone": "mlp"} for that backbone: nothing in the weights tells it.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(path.name + ".tmp")
+    state = getattr(model, "module", model).state_dict()
+    try:
+        with open(scratch, "wb") as file:  # through a Python file, a full disk is an OSError that says so
+            torch.save({"model_state_dict": state, **extra}, file)
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+@contextmanager
+def _reading(path: Path, flag: str, must_exist: bool = True) -> Iterator[None]:
+    """Turn "not there" and "not readable" into a UserError that names the file and the flag."""
+    if must_exist and not path.exists():
+        raise UserError(f"{path} does not exist: put it there, or name another place with {flag}.")
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        raise UserError(f"{path} cannot be read ({reason}): replace it, or name another with {flag}.") from error
+
+
+class _TensorsOnly:
+    """A pickle module for torch.load that builds tensors and replaces every other object by an empty shell."""
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> object:
+            if (module, name) in {("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_parameter")}:
+                return super().find_class(module, name)
+            if (module, name) == ("collections", "OrderedDict"):
+                return OrderedDict
+            return type(name, (), {"__init__": lambda self, *a, **k: None, "__setstate__": lambda self, state: None})
+
+
+def _torch_load(path: Path, flag: str) -> dict:
+    """Read a file of torch.save onto the CPU without running any code that it may hold; memory-mapped if possible."""
+    with _reading(path, flag):
+        options = {"map_location": "cpu", "mmap": zipfile.is_zipfile(path)}
+        try:
+            return torch.load(path, weights_only=True, **options)
+        except pickle.UnpicklingError:  # torch 2.1, which the original used, kept a function in OneCycleLR's state
+            if not options["mmap"]:
+                raise
+            return torch.load(path, weights_only=False, pickle_module=_TensorsOnly, **options)
+
+
+def load_checkpoint(path: str | Path) -> dict:
+    """Read a checkpoint: a `last.pth` file or the folder train_logs/NAME that holds it; half tensors become float32.
+
+    Raises UserError when it is missing, truncated, or no checkpoint.
+    """
+    path = Path(path)
+    path = path / "last.pth" if path.is_dir() or not path.suffix else path
+    checkpoint = _torch_load(path, "--model_name")
+    if not isinstance(checkpoint, dict) or "model_state_dict" not in checkpoint:
+        raise UserError(f"{path} is not a checkpoint (it has no model_state_dict): name another with --model_name.")
+    state = checkpoint["model_state_dict"]
+    checkpoint["model_state_dict"] = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+    return checkpoint
+
+
+def config_from_state_dict(state: dict[str, Tensor]) -> dict:
+    """The constructor arguments of MindEye2, read off the shapes of its state dict.
+
+    The kind of backbone has no shape: MindEye2(**config_from_state_dict(state) | checkpoint.get("config", {})).
+    Raises UserError when the state dict is of another model.
+    """
+
+    def count(prefix: str, suffix: str) -> int:
+        return sum(name.startswith(prefix) and name.endswith(suffix) for name in state)
+
+    ridge, prior = "ridge.linears.", "diffusion_prior.net.causal_transformer.layers."
+    try:
+        emb_dim = len(state["backbone.clip_proj.8.bias"])
+        config = {
+            "num_voxels": [state[f"{ridge}{i}.weight"].shape[1] for i in range(count(ridge, ".weight"))],
+            "hidden_dim": state["backbone.backbone_linear.weight"].shape[1],
+            "n_blocks": count("backbone.mixer_blocks1.", ".1.3.weight"),
+            "clip_seq_dim": len(state["backbone.backbone_linear.bias"]) // emb_dim,
+            "clip_emb_dim": emb_dim,
+            "blurry_recon": "backbone.blin1.bias" in state,
+            "use_prior": "diffusion_prior.net.learned_query" in state,
+            "backbone": "released",
+        }
+        if config["blurry_recon"]:
+            config["latent_size"] = 4 * math.isqrt(len(state["backbone.blin1.bias"]) // 64)
+        if config["use_prior"]:
+            config["prior_depth"] = count(prior, ".0.null_kv")
+            config["prior_dim_head"] = state[prior + "0.0.null_kv"].shape[1]
+            config["prior_timesteps"] = len(state["diffusion_prior.noise_scheduler.betas"])
+    except KeyError as error:
+        raise UserError(f"the checkpoint is not of a MindEye2 model (no {error}): name another one.") from None
+    return config
+
+
+def load_pretrained(model: MindEye2, state: dict[str, Tensor]) -> None:
+    """The fine-tuning start (2.1): backbone and prior of a multi-subject model, a fresh ridge for the new subject.
+
+    All of the ridge is left alone; the original kept the weight but took over another subject's bias. Heads that
+    only the pretrained model has are dropped. Raises UserError when the sizes differ or a head is missing.
+    """
+    own, theirs = config_from_state_dict(model.state_dict()), config_from_state_dict(state)
+    for name, value in own.items():
+        if name in ("num_voxels", "backbone") or theirs.get(name) == value or value is False:
+            continue
+        if value is True:
+            raise UserError(f"the pretrained model has no {name} part, this one does: pass --no-{name}.")
+        mend = f"--{name} {theirs[name]}"
+        if name in ("clip_seq_dim", "clip_emb_dim", "latent_size"):
+            mend = "the --cache_dir that holds its CLIP and VAE"
+        raise UserError(f"the pretrained model has {name} {theirs[name]}, this one {value}: pass {mend}.")
+    for part in ("backbone", "diffusion_prior"):
+        module = getattr(model, part)
+        if module is not None:
+            module.load_state_dict({name: state[f"{part}.{name}"] for name in module.state_dict()})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Frozen networks: CLIP (targets), VAE (blurry latents), low-level teacher, unCLIP decoder (2.4)
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _frozen(network: nn.Module, device: str | torch.device, dtype: torch.dtype = torch.float32) -> nn.Module:
+    return network.eval().requires_grad_(False).to(device, dtype)
+
+
+CLIP_MEAN, CLIP_STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
+# .228 is a slip of the original's for .229; the released low-level heads learned with it.
+TEACHER_MEAN, TEACHER_STD = (0.485, 0.456, 0.406), (0.228, 0.224, 0.225)
+
+
+def _normalise(images: Tensor, mean: tuple, std: tuple) -> Tensor:
+    """(x - mean) / std a channel, with plain numbers: a CUDA graph (toy_networks.py) cannot record a copy from the CPU."""
+    return torch.stack([(images[:, c] - mean[c]) / std[c] for c in range(3)], 1)
+
+
+def clip_preprocess(images: Tensor, size: int) -> Tensor:
+    """What CLIP gets to see: (B, 3, H, W) in [0, 1] -> (B, 3, size, size), resized bicubically and normalised.
+
+    The original's encoder expects [-1, 1] and maps x to (x + 1) / 2, but is given [0, 1]: it sees washed-out pictures
+    in [.5, 1]. All released weights learned the tokens of those, so it is kept.
+    """
+    if images.shape[-2:] != (size, size):
+        images = F.interpolate(images, (size, size), mode="bicubic", align_corners=True)
+    return _normalise((images + 1) / 2, CLIP_MEAN, CLIP_STD)
+
+
+class FrozenCLIP(nn.Module):
+    """CLIP's image tokens, the prior's targets, and its pooled embeddings of images and texts.
+
+    seq_dim = S, emb_dim = D, image_size in pixels. Images are (B, 3, H, W) in [0, 1].
+    """
+    def __init__(self, clip: nn.Module, tokenizer: Callable[[list[str]], Tensor]) -> None:
+        super().__init__()
+        self.clip, self.tokenizer = clip, tokenizer
+        clip.visual.output_tokens = True  # give the patch tokens after the last LayerNorm besides the pooled vector
+        positions, self.emb_dim = clip.visual.positional_embedding.shape
+        self.seq_dim = positions - 1  # one position is the class token's, which is not used
+        self.image_size = clip.visual.image_size[0]
+
+    @torch.no_grad()
+    def tokens(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, S, D): patch tokens, not projected."""
+        return self.clip.visual(clip_preprocess(images, self.image_size))[1]  # (B, S, D)
+
+    @torch.no_grad()
+    def embed(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, E) of unit length, from the same washed-out view."""
+        return F.normalize(self.clip.visual(clip_preprocess(images, self.image_size))[0], dim=-1)  # (B, E)
+
+    @torch.no_grad()
+    def embed_text(self, texts: list[str]) -> Tensor:
+        """n captions -> (n, E) of unit length, comparable with `embed`."""
+        words = self.tokenizer(texts).to(self.clip.visual.positional_embedding.device)  # (n, words)
+        return self.clip.encode_text(words, normalize=True)                             # (n, E)
+
+
+def load_clip(cache_dir: str | Path, device: str | torch.device) -> FrozenCLIP:
+    """CLIP from cache_dir/clip (an open_clip folder) or else ViT-bigG/14, kept in or downloaded to cache_dir.
+
+    Raises UserError when it can be neither read nor downloaded.
+    """
+    folder = Path(cache_dir) / "clip"
+    name, weights, place = "ViT-bigG-14", "laion2b_s39b_b160k", Path(cache_dir)
+    if folder.exists():
+        name, weights, place = f"local-dir:{folder}", None, folder
+    with _reading(place, "--cache_dir", must_exist=False):
+        clip = open_clip.create_model(name, pretrained=weights, cache_dir=str(cache_dir), require_pretrained=True)
+        tokenizer = open_clip.get_tokenizer(name, cache_dir=str(cache_dir))
+    return _frozen(FrozenCLIP(clip, tokenizer), device)
+
+
+SD_VAE = {  # Stable Diffusion 1's, 83.7 million parameters
+    "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4, "scaling_factor": 0.18215,
+}
+
+
+def load_vae(cache_dir: str | Path, device: str | torch.device) -> AutoencoderKL:
+    """The VAE of the blurry latents: cache_dir/vae (a diffusers folder) or the released sd_image_var_autoenc.pth.
+
+    Raises UserError when neither can be read.
+    """
+    folder, file = Path(cache_dir) / "vae", Path(cache_dir) / "sd_image_var_autoenc.pth"
+    if folder.exists():
+        with _reading(folder, "--cache_dir"):
+            vae = AutoencoderKL.from_pretrained(folder, local_files_only=True)
+        return _frozen(vae, device)
+    state = _torch_load(file, "--cache_dir")
+    # The file is older than today's names of the attention's four linear layers.
+    renames = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+    for old, new in renames.items():
+        state = {name.replace(old, new): value for name, value in state.items()}
+    vae = AutoencoderKL(**SD_VAE)
+    with _reading(file, "--cache_dir"):
+        vae.load_state_dict(state)
+    return _frozen(vae, device)
+
+
+@torch.no_grad()
+def encode_latents(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """Images (B, 3, H, W) in [0, 1] -> scaled latents (B, 4, H/8, W/8): the mode, no sampling noise."""
+    return vae.encode(2 * images - 1).latent_dist.mode() * vae.config.scaling_factor
+
+
+@torch.no_grad()
+def decode_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Scaled latents (B, 4, L, L) -> images (B, 3, 8 L, 8 L) in [0, 1]."""
+    return (vae.decode(latents / vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
+
+
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of (B, C, H, W)."""
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class ConvNeXtBlock(nn.Module):
+    """Depthwise 7x7 convolution, then a two-layer perceptron at each position; no layer scale."""
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dwconv = nn.Conv2d(dim, dim, 7, padding=3, groups=dim)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.pwconv1, self.pwconv2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        inner = self.norm(self.dwconv(x).permute(0, 2, 3, 1))  # (B, H, W, C)
+        return x + self.pwconv2(F.gelu(self.pwconv1(inner))).permute(0, 3, 1, 2)
+
+
+class ConvNeXtTeacher(nn.Module):
+    """The released low-level teacher: ConvNeXt-XL trained by VICRegL (Bardes et al. 2022), with its map projector."""
+    def __init__(self, depths: tuple = (3, 3, 27, 3), dims: tuple = (256, 512, 1024, 2048)) -> None:
+        super().__init__()
+        downsample = [nn.Sequential(nn.Conv2d(3, dims[0], 4, 4), ChannelNorm(dims[0], eps=1e-6))]
+        for narrow, wide in zip(dims[:-1], dims[1:], strict=True):
+            downsample.append(nn.Sequential(ChannelNorm(narrow, eps=1e-6), nn.Conv2d(narrow, wide, 2, 2)))
+        stages = [nn.Sequential(*map(ConvNeXtBlock, [dim] * n)) for dim, n in zip(dims, depths, strict=True)]
+        parts = {"downsample_layers": nn.ModuleList(downsample), "stages": nn.ModuleList(stages)}
+        self.backbone = nn.ModuleDict(parts | {"norm": nn.LayerNorm(dims[-1], eps=1e-6)})
+        self.maps_projector = nn.Sequential(
+            nn.Linear(dims[-1], 512), nn.LayerNorm(512), nn.ReLU(),
+            nn.Linear(512, 512), nn.LayerNorm(512), nn.ReLU(),
+            nn.Linear(512, 512, bias=False),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalised images (B, 3, H, W) -> (B, 512, H/32, W/32)."""
+        for downsample, stage in zip(self.backbone["downsample_layers"], self.backbone["stages"], strict=True):
+            x = stage(downsample(x))
+        x = self.backbone["norm"](x.permute(0, 2, 3, 1))   # (B, H/32, W/32, 2048)
+        return self.maps_projector(x).permute(0, 3, 1, 2)  # (B, 512, H/32, W/32)
+
+
+class FrozenTeacher(nn.Module):
+    """Low-level features of images (B, 3, H, W) in [0, 1]: (B, F, 512)."""
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.network(_normalise(images, TEACHER_MEAN, TEACHER_STD))
+        maps = getattr(maps, "last_hidden_state", maps)  # (B, 512, h, w)
+        return maps.flatten(2).transpose(1, 2)           # (B, F, 512)
+
+
+def load_teacher(cache_dir: str | Path, device: str | torch.device) -> FrozenTeacher:
+    """The low-level teacher: cache_dir/teacher (a transformers ConvNextModel folder) or the released VICRegL file.
+
+    Raises UserError when neither can be read, or when the file is of another network (the original went on silently).
+    """
+    folder, file = Path(cache_dir) / "teacher", Path(cache_dir) / "convnext_xlarge_alpha0.75_fullckpt.pth"
+    if folder.exists():
+        with _reading(folder, "--cache_dir"):
+            network = ConvNextModel.from_pretrained(folder, local_files_only=True)
+        return _frozen(FrozenTeacher(network), device)
+    state = _torch_load(file, "--cache_dir")
+    state = {name.removeprefix("module."): value for name, value in state.get("model", state).items()}
+    with torch.device("meta"):
+        network = ConvNeXtTeacher()
+    # The file also holds the heads of VICRegL's training, which are left out; nothing of ours may be missing.
+    with _reading(file, "--cache_dir"):
+        own = {name: state[name] for name in network.state_dict()}
+        network.load_state_dict(own, assign=True)
+    return _frozen(FrozenTeacher(network), device)
+
+
+def load_unclip(folder: str | Path, device: str | torch.device, dtype: torch.dtype = torch.float32) -> SimpleNamespace:
+    """The image decoder (2.4): a folder in diffusers' layout -> .unet, .vae, .scheduler, .output_scale, .output_shift.
+
+    A picture is clamp(x * output_scale + output_shift, 0, 1) of the VAE's output x; model_index.json may hold the
+    two numbers. The VAE stays in float32 when dtype is float16, which overflows in it. Raises UserError.
+    """
+    folder = Path(folder)
+    with _reading(folder, "--cache_dir"):
+        index_file = folder / "model_index.json"
+        index = json.loads(index_file.read_text()) if index_file.exists() else {}
+        unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype, local_files_only=True)
+        vae = AutoencoderKL.from_pretrained(folder / "vae", local_files_only=True)
+        scheduler_config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+        scheduler = getattr(diffusers, scheduler_config["_class_name"]).from_config(scheduler_config)
+    # The released decoder saw pictures in [-1, 1] as they are, the prior's targets are of washed-out ones
+    # (see `clip_preprocess`): the authors' .8 x + .2, found by hand, presumably makes up for it.
+    return SimpleNamespace(
+        unet=_frozen(unet, device, dtype), scheduler=scheduler,
+        vae=_frozen(vae, device, torch.float32 if dtype == torch.float16 else dtype),
+        output_scale=index.get("output_scale", 0.8), output_shift=index.get("output_shift", 0.2),
+    )
+
+
+def unclip_vector(dim: int, size: int) -> Tensor:
+    """SDXL's size-and-crop conditioning as one vector (1, dim): original size twice, then a crop at 0 twice.
+
+    Each number v becomes [cos(v f) | sin(v f)], with dim / 8 frequencies f from 1 down towards 1/10000.
+    """
+    count = dim // 8
+    frequencies = torch.exp(-math.log(10000) * torch.arange(count) / count)  # (dim / 8,)
+    angles = torch.tensor([size, size, 0, 0])[:, None] * frequencies         # (4, dim / 8)
+    return torch.cat((angles.cos(), angles.sin()), -1).view(1, dim)          # (1, dim)

@@ -1,0 +1,628 @@
+"""Tests of model.py: parity with the original's recorded outputs, gradients, checkpoints, loaders.
+
+Run: python -m pytest tests/test_model.py        (under a minute on two CPU cores, no downloads)
+"""
+
+import errno
+import json
+import sys
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import nn
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+from golden_weights import golden, golden_json, golden_tensor, load_golden  # noqa: E402
+
+import model as m  # noqa: E402
+
+CONFIG = golden_json("config")
+SEED = CONFIG["config"]["seed"]  # 1234
+SMALL = {
+    "num_voxels": [50, 37], "hidden_dim": 32, "n_blocks": 2, "clip_seq_dim": 8, "clip_emb_dim": 104, "prior_depth": 2,
+}
+TINY = {
+    "num_voxels": [9, 7], "hidden_dim": 16, "n_blocks": 2, "clip_seq_dim": 4, "clip_emb_dim": 24, "latent_size": 8,
+    "prior_depth": 2, "prior_dim_head": 12,
+}
+
+
+def error(a: torch.Tensor, b: torch.Tensor) -> float:
+    assert a.shape == b.shape, (a.shape, b.shape)
+    return (a.double() - b.double()).abs().max().item()
+
+
+@pytest.fixture(scope="module")
+def small() -> m.MindEye2:
+    return load_golden(m.MindEye2(**SMALL), SEED)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Names, shapes, order
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [k for k in golden_json("state_dict_spec") if not k.startswith("_")])
+def test_state_dict_and_groups_of_the_real_sizes(name):
+    spec = golden_json("state_dict_spec")[name]
+    size = spec["config"]
+    with torch.device("meta"):
+        model = m.MindEye2(size["nvox"], size["hidden"], size["n_blocks"], blurry_recon=size["blurry"])
+    state = model.state_dict()
+    assert list(state) == list(spec["state_dict"])
+    for key, (shape, dtype) in spec["state_dict"].items():
+        assert [list(state[key].shape), str(state[key].dtype)] == [shape, f"torch.{dtype}"]
+    total = {True: 2_227_294_844, False: 816_319_768}[size["blurry"]]
+    assert sum(p.numel() for p in model.parameters()) == total
+    check_groups(model, next(v for k, v in spec.items() if "group" in k))
+    config = m.config_from_state_dict(state)
+    assert config["num_voxels"] == size["nvox"] and config["prior_depth"] == 6 and config["prior_dim_head"] == 52
+    sizes = [config[k] for k in ("hidden_dim", "n_blocks", "clip_seq_dim", "clip_emb_dim")]
+    assert sizes == [size["hidden"], 4, 256, 1664]
+    assert config.get("latent_size") == (28 if size["blurry"] else None) and config["prior_timesteps"] == 100
+
+
+def check_groups(model, expected):
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = m.parameter_groups(model)
+    assert [g["weight_decay"] for g in groups] == [g["weight_decay"] for g in expected] == [0.01, 0.01, 0, 0.01, 0]
+    for ours, theirs in zip(groups, expected, strict=True):
+        assert [names[id(p)] for p in ours["params"]] == theirs["names"]
+
+
+def test_state_dict_and_groups_of_the_golden_size(small):
+    assert {k: list(v.shape) for k, v in small.state_dict().items()} == CONFIG["state_dict"]
+    assert list(small.state_dict()) == list(CONFIG["state_dict"])
+    check_groups(small, CONFIG["adamw_param_groups"])  # frozen parameters are listed as the original lists them
+    torch.optim.AdamW(m.parameter_groups(small))
+    assert len(m.parameter_groups(m.MindEye2(**TINY, use_prior=False))) == 3
+
+
+def test_constants(small):
+    state = small.state_dict()
+    for key, value in golden("constants").items():
+        assert error(state[key], value) <= 1e-6 * max(1, value.abs().max().item()), key
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Brain model
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_ridge(small):
+    g = golden("ridge")
+    for subject in range(2):
+        x, y = g[f"x{subject}"], g[f"y{subject}"][:, 0]
+        assert error(small.ridge(x, subject), y) < 1e-6
+        assert error(small.ridge(x[:, 0], subject), y) < 1e-6
+
+
+def test_backbone_with_blurry_head(small):
+    g = golden("backbone_blurry")
+    out = small.backbone(g["x"])
+    assert error(out.backbone, g["backbone"]) < 1e-5
+    assert error(out.clip_voxels, g["clip_voxels"]) < 1e-5
+    assert error(out.blurry_latents, g["image_enc_pred"]) < 2e-5
+    assert error(out.blurry_features, g["transformer_feats"]) < 1e-5
+
+
+@pytest.mark.parametrize("name, seq_len", [("noblurry", 1), ("noclip", 1), ("seqlen3", 3)])
+def test_backbone_variants(name, seq_len):
+    g = golden(f"backbone_{name}")
+    backbone = m.Backbone(32, 2, 8, 104, blurry_recon=False, seq_len=seq_len)
+    out = load_golden(backbone, int(g["weight_seed"]), "backbone.")(g["x"])
+    assert error(out.backbone, g["backbone"]) < 1e-5
+    assert out.blurry_latents is None and out.blurry_features is None
+    if name != "noclip":  # there the original skips the head and returns [0.]
+        assert error(out.clip_voxels, g["clip_voxels"]) < 1e-5
+
+
+def test_backbone_gradients(small):
+    x = golden("backbone_grad_x")["x"].requires_grad_()
+    small.zero_grad()
+    loss = sum(out.square().mean() for out in vars(small.backbone(x)).values())
+    loss.backward()
+    expected = golden_json("backbone_grads")
+    assert abs(loss.item() - expected["loss"]) < 1e-5
+    assert error(x.grad, golden("backbone_grad_x")["grad_x"]) < 1e-6
+    for name, p in small.backbone.named_parameters():
+        norm = 0 if p.grad is None else p.grad.norm().item()  # frozen: the original's are rounding noise, below 1e-5
+        assert norm == pytest.approx(expected["grad_norm"][name], rel=1e-4, abs=1e-5), name
+
+
+def test_the_released_backbone_is_linear_and_mlp_is_not():
+    for kind, linear in (("released", True), ("mlp", False)):
+        net = m.Backbone(16, 2, 4, 24, blurry_recon=False, kind=kind).eval()
+        a, b = torch.randn(2, 5, 16)
+        middle = net((a + b) / 2).backbone
+        assert ((middle - (net(a).backbone + net(b).backbone) / 2).abs().max() < 1e-5) == linear
+
+
+@pytest.mark.parametrize("backbone", ["released", "mlp"])
+@pytest.mark.parametrize("blurry", [True, False])
+@pytest.mark.parametrize("prior", [True, False])
+def test_every_trainable_parameter_gets_a_gradient_as_ddp_demands(backbone, blurry, prior):
+    model = m.MindEye2(**TINY, backbone=backbone, blurry_recon=blurry, use_prior=prior)
+    out = model([torch.randn(3, 9), torch.randn(2, 7)], torch.randn(5, 4, 24))
+    keys = ["backbone", "clip_voxels"] + ["blurry_latents", "blurry_features"] * blurry
+    assert list(out) == keys + ["loss_prior", "prior_prediction"] * prior
+    shapes = {"backbone": (5, 4, 24), "clip_voxels": (5, 4, 24), "blurry_latents": (5, 4, 8, 8),
+              "blurry_features": (5, 4, 512), "loss_prior": (), "prior_prediction": (5, 4, 24)}
+    assert all(value.shape == shapes[key] for key, value in out.items())
+    sum(value.sum() for value in out.values()).backward()
+    assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+    frozen = "mixer_blocks1" if backbone == "released" else "mixer_blocks2"
+    assert all(frozen in n or "rotary" in n for n, p in model.named_parameters() if not p.requires_grad)
+    assert (model.diffusion_prior is None) == (not prior)
+
+
+def test_bfloat16_autocast():
+    model, target = m.MindEye2(**TINY), torch.randn(4, 4, 24)
+    voxels = [torch.randn(2, 9), torch.randn(2, 7)]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(voxels, target)
+        unit = F.normalize(out["clip_voxels"].flatten(1), dim=-1)
+        contrast = m.soft_clip_loss(unit, F.normalize(target.flatten(1), dim=-1), 0.004)
+        assert model.diffusion_prior.sample(out["backbone"].detach(), 5).isfinite().all()
+    assert contrast.dtype == out["loss_prior"].dtype == torch.float32
+    (contrast + out["loss_prior"]).backward()
+    assert model.ridge.linears[0].weight.grad.abs().sum() > 0
+
+
+def test_tie_positions():
+    model = m.MindEye2(**TINY)
+    before = model.backbone.backbone_linear.bias.detach().clone()
+    model.tie_positions(2.0, torch.Generator().manual_seed(0))
+    query = model.diffusion_prior.net.learned_query
+    assert torch.equal(query, 2 * torch.randn(4, 24, generator=torch.Generator().manual_seed(0)))
+    assert error(model.backbone.backbone_linear.bias.view(4, 24), before.view(4, 24) + query) == 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Prior
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_prior_network_and_its_parts(small):
+    g, net = golden("prior_network"), small.diffusion_prior.net
+    args = (g["image_embed"], g["times"], g["text_embed"])
+    none = torch.zeros(3, dtype=torch.bool)
+    assert error(net(*args), g["out_keep_all"]) < 1e-5
+    assert error(net(*args, ~none, ~none), g["out_keep_all"]) < 1e-5
+    assert error(net(*args, none, none), g["out_drop_all"]) < 1e-5
+    assert error(net(*args, g["brain_keep_mask"], g["image_keep_mask"]), g["out_drop_half"]) < 1e-5
+    blind = net(*args, none, none)
+    assert error(blind + 3 * (net(*args) - blind), g["out_cond_scale3"]) < 3e-5
+    transformer = net.causal_transformer
+    assert error(net.to_time_embeds(g["times"])[:, None], g["time_embed"]) < 1e-5
+    bias = transformer.rel_pos_bias(17)
+    assert error(bias, g["attn_bias"]) == 0
+    attention, feed_forward = transformer.layers[0]
+    out = attention(g["tokens"], transformer.layers[0][0].rotary_emb(17), bias)
+    assert error(out, g["layer0_attn_out"]) < 1e-5
+    assert error(transformer.norm(g["stable_norm_in"]), g["stable_norm_out"]) < 1e-5
+    assert error(attention.norm(g["stable_norm_in"]), g["norm0_out"]) < 1e-5
+    assert error(feed_forward(g["tokens"] + out), g["layer0_ff_out"]) < 1e-5
+
+
+def test_layernorm_eps_depends_on_the_dtype():
+    g = golden("layernorm_half")
+    norm = m.LayerNorm(104)
+    for x, out in (("x", "out_fp32"), ("x_half", "out_half")):
+        # the half golden divides in half precision, ours in float32
+        assert error(norm(g[x]).float(), g[out]) < (1e-5 if x == "x" else 5e-3)
+    tiny = torch.randn(4, 104) * 0.03  # where the choice of eps shows
+    assert norm(tiny).std() > 0.98 > 0.75 > norm(tiny.half()).std()
+
+
+def test_prior_loss_and_gradients(small):
+    g, prior = golden("prior_p_losses"), small.diffusion_prior
+    small.zero_grad()
+    keep = (g["brain_keep_mask"], g["image_keep_mask"])
+    loss, prediction = prior.loss(g["text_embed"], g["image_embed"], g["times"], g["noise"], keep)
+    assert abs(loss.item() - g["loss"].item()) < 1e-5 and error(prediction, g["pred"]) < 1e-5
+    loss.backward()
+    for name, p in prior.named_parameters():
+        expected = golden_json("prior_p_losses_grad_norms")[name]
+        norm = None if p.grad is None else p.grad.norm().item()
+        assert norm == (None if expected is None else pytest.approx(expected, rel=1e-4)), name
+
+
+def test_prior_draws_in_the_original_order(small):
+    g = golden("prior_forward_seeded")
+    torch.manual_seed(int(g["torch_manual_seed"]))
+    loss, prediction = small.diffusion_prior.loss(g["text_embed"], g["image_embed"])
+    assert abs(loss.item() - g["loss"].item()) < 1e-5 and error(prediction, g["pred"]) < 1e-5
+
+
+@pytest.mark.parametrize("name, steps", [("ddim20", 20), ("ddim20_cond3", 20), ("ddim50", 50), ("ddpm100", 100)])
+def test_samplers(small, name, steps):
+    g, prior = golden(f"sample_{name}"), small.diffusion_prior
+    seen = []
+    hook = prior.net.register_forward_pre_hook(lambda _, args: seen.append((args[0].clone(), int(args[1][0]))))
+    out = prior.sample(g["text_embed"], steps, g["initial_noise"], g["step_noise"], guidance=float(g["cond_scale"]))
+    hook.remove()
+    seen = seen[:: 2 if name.endswith("cond3") else 1]
+    assert [t for _, t in seen] == g["net_times"].tolist()
+    for x, key in ((seen[1][0], "x_after_1"), (seen[2][0], "x_after_2"), (seen[-1][0], "x_last_in"), (out, "out")):
+        assert error(x, g[key]) < 1e-4, key
+
+
+def test_sampler_draws_what_is_not_given(small):
+    g, prior = golden("sample_ddim20"), small.diffusion_prior
+    a, b = (prior.sample(g["text_embed"], 20, generator=torch.Generator().manual_seed(s)) for s in (3, 3))
+    drawn = torch.Generator().manual_seed(3)
+    noise = torch.randn(g["text_embed"].shape, generator=drawn)
+    steps = torch.stack([torch.randn(noise.shape, generator=drawn) for _ in range(18)])
+    assert torch.equal(a, b) and torch.equal(a, prior.sample(g["text_embed"], 20, noise, steps))
+    with pytest.raises(ValueError, match="2..100"):
+        prior.sample(g["text_embed"], 101)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Losses
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_losses():
+    g = golden("losses")
+    preds, targs = g["preds"], g["targs"]
+    for temp in (0.125, 0.006, 0.004):
+        assert error(m.soft_clip_loss(preds, targs, temp), g[f"soft_clip_t{temp}"]) < 1e-5
+    mix = (g["perm"], g["betas"], g["select"])
+    for temp in (0.006, 0.1):
+        assert error(m.mixco_nce(preds, targs, temp, *mix), g[f"mixco_nce_t{temp}"]) < 1e-5
+    fixed = (g["perm_fixed_point"], g["betas"], g["select"])
+    expected = g["mixco_nce_fixed_point_t0.1"]
+    assert error(m.mixco_nce(preds, targs, 0.1, *fixed, released=True), expected) < 1e-5
+    assert abs(m.mixco_nce(preds, targs, 0.1, *fixed) - expected) > 0.01  # ours keeps the target's mass at 1
+    concat = g["perm_two_subjects_concat"]
+    offset = concat + torch.tensor([0, 0, 0, 0, 4, 4, 4, 4])
+    for perm, key in ((concat, "original"), (offset, "offset")):
+        nce = m.mixco_nce(preds, targs, 0.1, perm, g["betas"], g["select"], released=True)
+        assert error(nce, g[f"mixco_nce_two_subjects_{key}_t0.1"]) < 1e-5
+    for temp in (0.2, 0.125):
+        loss = m.soft_contrastive_loss(g["student"], g["teacher"], g["teacher_aug"], temp)
+        assert error(loss, g[f"soft_cont_t{temp}"]) < 1e-5
+
+
+def test_mixco_nce_with_the_identity_is_plain_contrast():
+    preds, targs = F.normalize(torch.randn(2, 6, 5), dim=-1)
+    rows, logits = torch.arange(6), preds @ targs.T / 0.1
+    plain = (F.cross_entropy(logits, rows) + F.cross_entropy(logits.T, rows)) / 2
+    assert error(m.mixco_nce(preds, targs, 0.1, rows, torch.rand(6), torch.rand(6) < 0.5), plain) < 1e-6
+
+
+def test_mixco():
+    g = golden("mixco")
+    voxels = g["voxels_in"].clone()
+    out, perm, betas, select = m.mixco(voxels, perm=g["perm"], betas=g["betas_in"], select=g["select"])
+    assert error(out, g["voxels_out"]) < 1e-6 and torch.equal(betas, g["betas_out"])
+    assert torch.equal(voxels, g["voxels_in"])  # not in place
+    torch.manual_seed(int(g["torch_manual_seed"]))
+    out, perm, betas, select = m.mixco(voxels)
+    assert torch.equal(perm, g["seeded_perm"]) and torch.equal(select, g["seeded_select"])
+    assert error(betas, g["seeded_betas"]) < 1e-6 and error(out, g["seeded_voxels_out"]) < 1e-6
+    half = m.mixco(g["half_in"], perm=g["half_perm"], betas=g["half_betas"], select=g["half_select"])[0]
+    assert half.dtype == torch.float16 and error(half, g["half_voxels_out"]) < 2e-3
+
+
+def test_cosine_anneal():
+    g = golden("schedules")
+    for steps in (101, 150, 7):
+        assert error(m.cosine_anneal(0.004, 0.0075, steps), g[f"cosine_anneal_0.004_0.0075_{steps}"]) < 1e-7
+    assert m.cosine_anneal(0.004, 0.0075, 1).tolist() == pytest.approx([0.004])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints and errors
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_checkpoint_round_trip(tmp_path):
+    model = m.MindEye2(**TINY, backbone="mlp")
+    folder = tmp_path / "train_logs" / "name"
+    m.save_checkpoint(folder / "last.pth", model, epoch=3, train_losses=[1.5], config={"backbone": "mlp"})
+    assert [f.name for f in folder.iterdir()] == ["last.pth"]
+    for path in (folder, folder / "last.pth"):
+        checkpoint = m.load_checkpoint(path)
+        state = checkpoint["model_state_dict"]
+        config = m.config_from_state_dict(state) | checkpoint["config"]
+        assert config == TINY | {"backbone": "mlp", "blurry_recon": True, "use_prior": True, "prior_timesteps": 100}
+        again = m.MindEye2(**config)
+        again.load_state_dict(state, strict=True)
+        assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
+        assert checkpoint["epoch"] == 3 and checkpoint["train_losses"] == [1.5]
+    m.save_checkpoint(tmp_path / "half.pth", model.half())
+    state = m.load_checkpoint(tmp_path / "half.pth")["model_state_dict"]
+    assert {value.dtype for value in state.values()} == {torch.float32}
+
+
+def harmful() -> None:
+    raise AssertionError("a checkpoint ran code")
+
+
+class Harmful:
+    def __reduce__(self):
+        return harmful, ()
+
+
+def test_checkpoint_with_foreign_objects_is_read_and_not_run(tmp_path):
+    model = m.MindEye2(**TINY, use_prior=False)
+    scheduler = {"anneal_func": torch.optim.lr_scheduler.OneCycleLR._annealing_cos, "more": Harmful()}
+    m.save_checkpoint(tmp_path / "last.pth", model, lr_scheduler=scheduler, epoch=7)
+    checkpoint = m.load_checkpoint(tmp_path)
+    assert checkpoint["epoch"] == 7
+    model.load_state_dict(checkpoint["model_state_dict"], strict=True)
+
+
+def test_a_failed_save_keeps_the_former_file(tmp_path, monkeypatch):
+    path = tmp_path / "last.pth"
+    m.save_checkpoint(path, nn.Linear(2, 2), epoch=1)
+
+    def full_disk(*args, **kwargs):
+        args[1].write(b"half of it")
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError):
+        m.save_checkpoint(path, nn.Linear(2, 2), epoch=2)
+    assert [f.name for f in tmp_path.iterdir()] == ["last.pth"] and m.load_checkpoint(path)["epoch"] == 1
+
+
+def test_unreadable_checkpoints_are_user_errors(tmp_path):
+    with pytest.raises(m.UserError, match=r"nobody/last.pth does not exist.*--model_name"):
+        m.load_checkpoint(tmp_path / "nobody")
+    m.save_checkpoint(tmp_path / "last.pth", m.MindEye2(**TINY))
+    whole = (tmp_path / "last.pth").read_bytes()
+    for content in (whole[: len(whole) // 2], b"", b"not a checkpoint at all"):
+        (tmp_path / "last.pth").write_bytes(content)
+        with pytest.raises(m.UserError, match=r"last.pth cannot be read.*--model_name"):
+            m.load_checkpoint(tmp_path)
+    torch.save({"weights": 1}, tmp_path / "last.pth")
+    with pytest.raises(m.UserError, match="no model_state_dict"):
+        m.load_checkpoint(tmp_path)
+    with pytest.raises(m.UserError, match="not of a MindEye2 model"):
+        m.config_from_state_dict({})
+
+
+def test_load_pretrained_leaves_the_ridge_alone():
+    many, one = m.MindEye2(**TINY), m.MindEye2(**TINY | {"num_voxels": [11]})
+    ridge = {k: v.clone() for k, v in one.ridge.state_dict().items()}
+    m.load_pretrained(one, many.state_dict())
+    assert all(torch.equal(v, ridge[k]) for k, v in one.ridge.state_dict().items())
+    for part in ("backbone", "diffusion_prior"):
+        theirs = getattr(many, part).state_dict()
+        assert all(torch.equal(v, theirs[k]) for k, v in getattr(one, part).state_dict().items())
+    lean = m.MindEye2(**TINY, blurry_recon=False, use_prior=False)  # a model with fewer heads may start from it too
+    m.load_pretrained(lean, many.state_dict())
+    assert torch.equal(lean.backbone.backbone_linear.weight, many.backbone.backbone_linear.weight)
+
+
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        ({"hidden_dim": 12}, "has hidden_dim 16, this one 12: pass --hidden_dim 16"),
+        ({"n_blocks": 3}, "has n_blocks 2, this one 3: pass --n_blocks 2"),
+        ({"clip_seq_dim": 9}, "has clip_seq_dim 4, this one 9: pass the --cache_dir that holds its CLIP and VAE"),
+        ({"prior_depth": 1}, "has prior_depth 2, this one 1: pass --prior_depth 2"),
+    ],
+)
+def test_load_pretrained_names_what_differs(change, text):
+    with pytest.raises(m.UserError, match=text):
+        m.load_pretrained(m.MindEye2(**TINY | change), m.MindEye2(**TINY).state_dict())
+
+
+def test_load_pretrained_names_missing_heads():
+    lean = m.MindEye2(**TINY, blurry_recon=False, use_prior=False).state_dict()
+    with pytest.raises(m.UserError, match="no blurry_recon part.*--no-blurry_recon"):
+        m.load_pretrained(m.MindEye2(**TINY), lean)
+    with pytest.raises(m.UserError, match="no use_prior part.*--no-use_prior"):
+        m.load_pretrained(m.MindEye2(**TINY, blurry_recon=False), lean)
+
+
+@pytest.mark.parametrize(
+    "raised, text",
+    [
+        (m.UserError("it is missing."), "error: it is missing."),
+        (torch.cuda.OutOfMemoryError("CUDA out of memory"), "--batch_size"),
+        (OSError(errno.ENOSPC, "No space left", "/x/last.pth"), "no space is left on the disk for /x/last.pth"),
+    ],
+)
+def test_run_main_prints_one_sentence(capsys, raised, text):
+    def main():
+        raise raised
+
+    with pytest.raises(SystemExit) as stop:
+        m.run_main(main)
+    printed = capsys.readouterr().err
+    assert stop.value.code == 2 and text in printed and printed.count("\n") == 1
+
+
+def test_run_main_lets_bugs_through():
+    for bug in (ValueError("x"), OSError(errno.EACCES, "denied")):
+
+        def main(bug=bug):
+            raise bug
+
+        with pytest.raises(type(bug)):
+            m.run_main(main)
+    m.run_main(lambda: None)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Frozen networks
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def clip_cache(tmp_path_factory):
+    """cache_dir/clip: a tiny open_clip model whose image tower has the golden weights."""
+    cache = tmp_path_factory.mktemp("cache")
+    (cache / "clip").mkdir()
+    spec, seed = golden_json("clip_tokens_tiny"), int(golden("clip_tokens_tiny")["weight_seed"])
+    config = spec["open_clip_model_config"]
+    config["text_cfg"]["vocab_size"] = 49408  # so that captions can be tokenised; the image tower does not see it
+    torch.manual_seed(0)
+    clip = open_clip.CLIP(**config)
+    state = clip.state_dict()
+    for name, shape in spec["shapes"].items():
+        if name.startswith("model.visual."):
+            state[name.removeprefix("model.")] = golden_tensor(name, shape, seed)
+    save_file(state, cache / "clip" / "open_clip_model.safetensors")
+    (cache / "clip" / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    return cache
+
+
+def test_clip_tokens(clip_cache):
+    g, clip = golden("clip_tokens_tiny"), m.load_clip(clip_cache, "cpu")
+    assert (clip.seq_dim, clip.emb_dim, clip.image_size) == (16, 32, 224)
+    assert not clip.training and not any(p.requires_grad for p in clip.parameters())
+    images = g["image01_blocks7x7"].repeat_interleave(32, -1).repeat_interleave(32, -2)
+    assert error(clip.tokens(images), g["tokens"]) < 1e-5
+    image, text = clip.embed(images), clip.embed_text(["a red house", "snow"])
+    assert image.shape == (1, 24) and text.shape == (2, 24)
+    assert error(image.norm(dim=-1), torch.ones(1)) < 1e-6 and error(text.norm(dim=-1), torch.ones(2)) < 1e-6
+    assert (text[0] - text[1]).abs().max() > 1e-3
+
+
+def test_clip_resize():
+    g = golden("clip_preprocess_resize")
+    ours = m.clip_preprocess(g["images256"], 56)
+    plain = m.clip_preprocess(g["resized56"], 56)  # the same size: only the normalisation
+    assert error(ours, plain) < 1e-5
+    black = m.clip_preprocess(torch.zeros(1, 3, 4, 4), 4)  # washed out: black counts as .5
+    assert black[0, 0, 0, 0].item() == pytest.approx((0.5 - 0.48145466) / 0.26862954, rel=1e-5)
+
+
+def tiny_vae():
+    return m.AutoencoderKL(block_out_channels=[8], norm_num_groups=4, latent_channels=4)
+
+
+def test_vae_folder_and_latents(tmp_path):
+    vae = tiny_vae()
+    vae.save_pretrained(tmp_path / "vae")
+    loaded = m.load_vae(tmp_path, "cpu")
+    images = torch.rand(2, 3, 16, 16)
+    expected = vae.eval().encode(2 * images - 1).latent_dist.mean * vae.config.scaling_factor
+    latents = m.encode_latents(loaded, images)
+    assert error(latents, expected) < 1e-6 and not latents.requires_grad
+    pictures = m.decode_latents(loaded, 30 * latents)
+    assert pictures.shape == images.shape and pictures.min() >= 0 and pictures.max() <= 1
+    assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+
+
+def test_vae_file_with_old_attention_names(tmp_path, monkeypatch):
+    with torch.device("meta"):
+        assert sum(p.numel() for p in m.AutoencoderKL(**m.SD_VAE).parameters()) == 83_653_863
+    monkeypatch.setattr(m, "SD_VAE", m.SD_VAE | {"block_out_channels": [16, 32, 32, 32], "norm_num_groups": 8})
+    vae = m.AutoencoderKL(**m.SD_VAE)
+    old = {}
+    for name, value in vae.state_dict().items():
+        for new, former in (("to_q.", "query."), ("to_k.", "key."), ("to_v.", "value."), ("to_out.0.", "proj_attn.")):
+            name = name.replace(new, former)
+        old[name] = value
+    assert sum(".query." in name for name in old) == 4 and set(old) != set(vae.state_dict())
+    torch.save(old, tmp_path / "sd_image_var_autoenc.pth")
+    loaded = m.load_vae(tmp_path, "cpu").state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in vae.state_dict().items())
+
+
+def test_teacher_folder(tmp_path):
+    config = m.ConvNextModel.config_class(hidden_sizes=[8, 16, 32, 512], depths=[1, 1, 1, 1])
+    network = m.ConvNextModel(config).eval()
+    network.save_pretrained(tmp_path / "teacher")
+    teacher, images = m.load_teacher(tmp_path, "cpu"), torch.rand(2, 3, 64, 64)
+    features = teacher(images)
+    assert features.shape == (2, 4, 512) and not features.requires_grad
+    x = (images - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.228, 0.224, 0.225]).view(3, 1, 1)
+    expected = network(x).last_hidden_state
+    assert error(features[:, 1], expected[:, :, 0, 1]) < 1e-5
+
+
+def test_released_teacher_spec_and_arithmetic():
+    with torch.device("meta"):
+        state = m.ConvNeXtTeacher().state_dict()
+    assert {name: list(value.shape) for name, value in state.items()} == golden_json("convnext_xl_state_spec")
+    # The arithmetic against the ConvNeXt of transformers, whose weights only have other names.
+    config = m.ConvNextModel.config_class(
+        hidden_sizes=[8, 16, 24, 32], depths=[1, 2, 1, 1], layer_scale_init_value=0.0, layer_norm_eps=1e-6
+    )
+    theirs, ours = m.ConvNextModel(config).eval(), m.ConvNeXtTeacher((1, 2, 1, 1), (8, 16, 24, 32)).eval()
+    renamed = {}
+    for name, value in theirs.state_dict().items():
+        name = name.replace("embeddings.patch_embeddings", "downsample_layers.0.0")
+        name = name.replace("embeddings.layernorm", "downsample_layers.0.1").replace(".layernorm", ".norm")
+        parts = name.removeprefix("encoder.").split(".")
+        if "downsampling_layer" in parts:
+            parts = ["downsample_layers", parts[1], *parts[3:]]
+        elif "layers" in parts:
+            parts.remove("layers")
+        renamed[".".join(parts)] = value.normal_(0, 0.1)
+    renamed = {name.replace("layernorm.", "norm."): value for name, value in renamed.items()}
+    ours.backbone.load_state_dict(renamed)
+    x = torch.rand(2, 3, 64, 64)
+    maps = theirs(x).last_hidden_state.permute(0, 2, 3, 1)
+    expected = ours.maps_projector(ours.backbone["norm"](maps)).permute(0, 3, 1, 2)
+    assert error(ours(x), expected) < 1e-5
+
+
+def test_a_wrong_teacher_file_is_a_user_error(tmp_path):
+    torch.save({"model": {"module.some": torch.zeros(1)}}, tmp_path / "convnext_xlarge_alpha0.75_fullckpt.pth")
+    with pytest.raises(m.UserError, match=r"fullckpt.pth cannot be read.*--cache_dir"):
+        m.load_teacher(tmp_path, "cpu")
+
+
+def tiny_unclip(folder: Path, index: dict) -> None:
+    unet = m.UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, cross_attention_dim=24, attention_head_dim=4,
+        norm_num_groups=4, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )
+    unet.save_pretrained(folder / "unet")
+    tiny_vae().save_pretrained(folder / "vae")
+    m.diffusers.EulerDiscreteScheduler().save_pretrained(folder / "scheduler")
+    (folder / "model_index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("index, scales", [({}, (0.8, 0.2)), ({"output_scale": 0.5, "output_shift": 0.5}, (0.5, 0.5))])
+def test_unclip_folder(tmp_path, index, scales):
+    tiny_unclip(tmp_path / "unclip", index)
+    unclip = m.load_unclip(tmp_path / "unclip", "cpu", torch.float16)
+    assert (unclip.output_scale, unclip.output_shift) == scales
+    assert (unclip.unet.dtype, unclip.vae.dtype) == (torch.float16, torch.float32)
+    assert type(unclip.scheduler).__name__ == "EulerDiscreteScheduler"
+    assert not any(p.requires_grad for part in (unclip.unet, unclip.vae) for p in part.parameters())
+
+
+def test_unclip_vector():
+    expected = golden("unclip_sampler")["vector_suffix_unclip"]
+    assert error(m.unclip_vector(1024, 768), expected) < 1e-6
+
+
+def test_missing_files_are_user_errors(tmp_path, monkeypatch):
+    with pytest.raises(m.UserError, match=r"sd_image_var_autoenc.pth does not exist.*--cache_dir"):
+        m.load_vae(tmp_path, "cpu")
+    with pytest.raises(m.UserError, match=r"fullckpt.pth does not exist.*--cache_dir"):
+        m.load_teacher(tmp_path, "cpu")
+    with pytest.raises(m.UserError, match=r"unclip does not exist"):
+        m.load_unclip(tmp_path / "unclip", "cpu")
+
+    def offline(*args, **kwargs):
+        raise FileNotFoundError("cannot reach the hub")
+
+    monkeypatch.setattr(open_clip, "create_model", offline)
+    with pytest.raises(m.UserError, match=r"cannot be read.*cannot reach the hub.*--cache_dir"):
+        m.load_clip(tmp_path, "cpu")
+    monkeypatch.undo()
+    for name, load in (("clip", m.load_clip), ("vae", m.load_vae), ("teacher", m.load_teacher)):
+        (tmp_path / name).mkdir()
+        with pytest.raises(m.UserError, match=f"{name} cannot be read.*--cache_dir"):
+            load(tmp_path, "cpu")
+    (tmp_path / "unclip").mkdir()
+    with pytest.raises(m.UserError, match="unclip cannot be read.*--cache_dir"):
+        m.load_unclip(tmp_path / "unclip", "cpu")

@@ -1,0 +1,297 @@
+"""Build the toy world, a small NSD with eight synthetic people, and run every stage of MindEye2 on it.
+
+    python toy.py                  # ten minutes on 2 cores: world, pretraining, the headline table and picture
+"""
+import argparse
+import hashlib
+import json
+import math
+import shutil
+import time
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import data
+from model import UserError
+
+NETWORKS = Path(__file__).with_name("toy_networks")  # the shipped weights, made by toy_networks.py
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Scenes: what the people look at
+# ----------------------------------------------------------------------------------------------------------------------
+SHAPES = ("ball", "box", "cone", "star", "heart", "cross", "ring", "diamond")
+COLOURS = {"red": (.90, .10, .13), "orange": (.97, .55, .08), "yellow": (.98, .90, .20), "green": (.08, .62, .20),
+           "blue": (.12, .30, .92), "purple": (.56, .16, .74), "white": (.97, .97, .97), "pink": (.98, .58, .76)}
+SIZES = {"small": .17, "large": .27}  # radius, in picture widths
+GROUNDS = {"grass": (.34, .68, .22), "sand": (.90, .78, .50), "snow": (.88, .92, .97), "water": (.10, .36, .56),
+           "mud": (.42, .29, .22)}
+SKIES = {"by day": ((.22, .50, .95), (.80, .91, 1.0)), "at sunset": ((.42, .20, .52), (1.0, .62, .30)),
+         "at night": ((.03, .03, .14), (.13, .15, .34)), "in fog": ((.62, .65, .68), (.84, .85, .85))}
+
+
+@dataclass
+class Scenes:
+    """What is in each of n pictures. Objects are ordered left to right; a missing second object has count 1."""
+    count: torch.Tensor  # (n,) 1 or 2
+    shape: torch.Tensor  # (n, 2) index into SHAPES
+    colour: torch.Tensor  # (n, 2) index into COLOURS
+    size: torch.Tensor  # (n, 2) index into SIZES
+    place: torch.Tensor  # (n, 2, 2) centre (x, y) in [0, 1], y down
+    ground: torch.Tensor  # (n,)
+    sky: torch.Tensor  # (n,)
+    horizon: torch.Tensor  # (n,) in [0, 1], from the top
+
+    def captions(self) -> list[str]:
+        """One sentence a scene: "a small purple cone and a large green star on grass at night"."""
+        colours, sizes, grounds, skies = map(list, (COLOURS, SIZES, GROUNDS, SKIES))
+        sentences = []
+        for i in range(len(self.count)):
+            things = [f"a {sizes[self.size[i, k]]} {colours[self.colour[i, k]]} {SHAPES[self.shape[i, k]]}"
+                      for k in range(int(self.count[i]))]
+            sentences.append(f"{' and '.join(things)} on {grounds[self.ground[i]]} {skies[self.sky[i]]}")
+        return sentences
+
+
+def draw_scenes(n: int, seed: int) -> Scenes:
+    """n random scenes, the same for the same (n, seed)."""
+    g = torch.Generator().manual_seed(seed)
+    pick = lambda options, *shape: torch.randint(0, len(options), shape, generator=g)  # noqa: E731
+    uniform = lambda low, high, *shape: low + (high - low) * torch.rand(shape, generator=g)  # noqa: E731
+    count = 1 + (torch.rand(n, generator=g) < .3).long()
+    x = torch.stack([torch.where(count == 1, uniform(.2, .8, n), uniform(.18, .34, n)), uniform(.66, .82, n)], 1)
+    y = uniform(.36, .72, n, 2)
+    return Scenes(count, pick(SHAPES, n, 2), pick(COLOURS, n, 2), pick(SIZES, n, 2), torch.stack([x, y], -1),
+                  pick(GROUNDS, n), pick(SKIES, n), uniform(.42, .66, n))
+
+
+def signed_distance(shape: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Distance to a shape's outline in units of its radius: negative inside. x to the right, y up, centre (0, 0)."""
+    ax, ay, r = x.abs(), y.abs(), torch.hypot(x, y)
+    if shape == "ball":
+        return r - .88
+    if shape == "box":
+        return torch.maximum(ax, ay) - .76
+    if shape == "cone":
+        return torch.maximum(.894 * ax + .447 * y - .42, -y - .78)
+    if shape == "star":  # fold the plane onto a tenth of it: one straight edge from an outer to an inner corner
+        angle = torch.remainder(torch.atan2(x, y), 2 * math.pi / 5)
+        angle = torch.minimum(angle, 2 * math.pi / 5 - angle)
+        inner = .45 * math.cos(math.pi / 5), .45 * math.sin(math.pi / 5)
+        nx, ny = inner[1], 1.05 - inner[0]
+        return ((r * angle.cos() - 1.05) * nx + r * angle.sin() * ny) / math.hypot(nx, ny)
+    if shape == "heart":  # a square on its tip with a half disc on each upper side
+        y = y + .12
+        return torch.minimum((ax + y.abs() - .78) / math.sqrt(2), torch.hypot(ax - .39, y - .39) - .5515)
+    if shape == "cross":
+        return torch.minimum(torch.maximum(ax - .92, ay - .32), torch.maximum(ax - .32, ay - .92))
+    if shape == "ring":
+        return (r - .64).abs() - .26
+    return (1.45 * ax + ay - 1) / 1.76  # diamond
+
+
+def render(scenes: Scenes, size: int = 64, device: str = "cpu", chunk: int = 2048) -> torch.Tensor:
+    """Pictures of the scenes, uint8 (n, 3, size, size): sky, ground, then each object with its shadow and rim."""
+    palette = {name: torch.tensor(list(table.values()), device=device)
+               for name, table in (("colour", COLOURS), ("ground", GROUNDS), ("sky", SKIES))}
+    radii = torch.tensor(list(SIZES.values()), device=device)
+    grid = (torch.arange(size, device=device) + .5) / size
+    py, px = torch.meshgrid(grid, grid, indexing="ij")
+    pictures = []
+    for part in torch.arange(len(scenes.count)).split(chunk):
+        s = Scenes(*[getattr(scenes, f.name)[part].to(device) for f in fields(Scenes)])
+        wide = lambda t: t.reshape(-1, 1, 1)  # noqa: E731  broadcast a number a scene over its pixels
+        sky, horizon = palette["sky"][s.sky], wide(s.horizon)  # (b, 2, 3)
+        blend = (py / horizon).clamp(0, 1)[:, None]  # (b, 1, size, size)
+        image = sky[:, 0, :, None, None] * (1 - blend) + sky[:, 1, :, None, None] * blend  # (b, 3, size, size)
+        # The sky lights the ground: at night a field is dark, at sunset warm.
+        light = (.35 + .65 * sky.mean(1))[:, :, None, None]
+        depth = (1 - .35 * ((py - horizon) / (1 - horizon)).clamp(0, 1))[:, None]
+        ground = palette["ground"][s.ground][:, :, None, None] * light * depth
+        image = torch.lerp(image, ground, ((py - horizon) * size).add(.5).clamp(0, 1)[:, None])
+        for k in range(2):
+            radius, cx, cy = wide(radii[s.size[:, k]]), wide(s.place[:, k, 0]), wide(s.place[:, k, 1])
+            x, y = (px - cx) / radius, (cy - py) / radius  # (b, size, size)
+            distance = torch.empty_like(x)
+            for i, name in enumerate(SHAPES):
+                rows = s.shape[:, k] == i
+                distance[rows] = signed_distance(name, x[rows], y[rows])
+            present = wide((s.count > k).float())
+            shadow = torch.exp(-((x / .8) ** 2 + ((y + .95) / .22) ** 2)) * .45 * present
+            cover = (.5 - distance * radius * size).clamp(0, 1) * present
+            rim = .72 + .28 * (-distance * 7).clamp(0, 1)  # darker towards the outline
+            shade = (rim * (1 + .14 * y))[:, None]
+            colour = (palette["colour"][s.colour[:, k]][:, :, None, None] * shade).clamp(0, 1)
+            image = torch.lerp(image * (1 - shadow)[:, None], colour, cover[:, None])
+        pictures.append((image.clamp(0, 1) * 255).round().to(torch.uint8).cpu())
+    return torch.cat(pictures)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Brains: voxels (trials, V) of one person looking at scenes
+# ----------------------------------------------------------------------------------------------------------------------
+@dataclass
+class World:
+    """Sizes of the world. NSD: 40 sessions of 750 trials, 1000 shared and 9000 own images, 12,682-17,907 voxels."""
+    sessions: tuple = (20, 20, 16, 15, 20, 16, 20, 15)  # half of NSD's 40, 40, 32, 30, 40, 32, 40, 30
+    trials: int = 200  # in a session
+    shared: int = 300  # images seen by all, three times each: the test set
+    voxels: tuple = (1572, 1427, 1522, 1315, 1303, 1790, 1268, 1438)  # a tenth of NSD's
+    noise: float = 1.6  # standard deviation of a trial's noise; the signal's is 1
+    low: int = 24  # dimensions of the code of the early areas
+    high: int = 24  # and of the higher areas
+
+
+SMOKE = World(sessions=(2, 2, 2, 2, 2, 2, 2, 2), trials=30, shared=12, voxels=(60, 52, 55, 50, 49, 66, 47, 54))
+AREAS = {"V1": .18, "V2": .15, "V3": .13, "V4": .10, "higher_vis": .44}  # share of the voxels
+LOW_SHARE = {"V1": 1.0, "V2": .9, "V3": .75, "V4": .5, "higher_vis": .1}  # how much of an area's signal is low-level
+
+
+def image_code(scenes: Scenes, images: torch.Tensor, world: World, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What all people's brains compute alike from a picture: low (n, world.low) and high (n, world.high), whitened.
+
+    Low: the picture blurred to 8 x 8 colours. High: which object, how coloured, how large, and where, left and right.
+    Both are squeezed through a random layer with a tanh: no linear map from brain to picture is exact.
+    """
+    g = torch.Generator().manual_seed(seed)
+    blurred = F.avg_pool2d(images.float() / 255, images.shape[-1] // 8).flatten(1)  # (n, 192)
+    one_hot = [F.one_hot(scenes.ground, len(GROUNDS)) * .5, F.one_hot(scenes.sky, len(SKIES)) * .5]
+    for k in range(2):
+        seen = (scenes.count > k).float()[:, None]
+        place = (scenes.place[:, k] - torch.tensor([.5, .54])) * torch.tensor([6., 6.])  # about unit variance
+        one_hot += [F.one_hot(scenes.shape[:, k], len(SHAPES)) * seen * 1.5,
+                    F.one_hot(scenes.colour[:, k], len(COLOURS)) * seen * 1.5,
+                    F.one_hot(scenes.size[:, k], len(SIZES)) * seen, place * seen, seen]
+    codes = []
+    for features, width in ((blurred, world.low), (torch.cat(one_hot, 1).float(), world.high)):
+        features = features - features.mean(0)
+        basis = torch.linalg.svd(features[:4000], full_matrices=False)
+        scores = features @ basis.Vh[:width].T / (basis.S[:width] / math.sqrt(min(len(features), 4000))).sqrt()
+        mixed = torch.tanh(scores / scores.std() @ torch.randn(width, width, generator=g) / math.sqrt(width))
+        mixed = mixed - mixed.mean(0)
+        values, vectors = torch.linalg.eigh(mixed.T @ mixed / len(mixed))
+        codes.append(mixed @ (vectors / values.clamp(min=1e-6).sqrt()))  # (n, width), unit covariance
+    return tuple(codes)
+
+
+def area_masks(num_voxels: int) -> dict[str, np.ndarray]:
+    """Region masks (V,) in the release's layout: early areas first, then the rest of nsdgeneral."""
+    edges = np.round(np.cumsum([0, *AREAS.values()]) / sum(AREAS.values()) * num_voxels).astype(int)
+    masks = {"nsd_general": np.ones(num_voxels, bool)}
+    for name, start, end in zip(AREAS, edges[:-1], edges[1:], strict=True):
+        masks[name] = (np.arange(num_voxels) >= start) & (np.arange(num_voxels) < end)
+    return masks
+
+
+def brain(codes: tuple, rows: np.ndarray, world: World, subject: int, seed: int) -> np.ndarray:
+    """Voxels (trials, V) of a subject seeing images `rows`: a mixture of the code that is this person's own + noise."""
+    g = torch.Generator().manual_seed(seed * 100 + subject)
+    num_voxels = world.voxels[subject - 1]
+    low_share = torch.zeros(num_voxels)
+    for name, mask in area_masks(num_voxels).items():
+        low_share[torch.from_numpy(mask)] = LOW_SHARE.get(name, 0)
+    signal = torch.zeros(len(rows), num_voxels)
+    for code, share in zip(codes, (low_share, 1 - low_share), strict=True):
+        mixture = torch.randn(code.shape[1], num_voxels, generator=g) / math.sqrt(code.shape[1])  # (width, V)
+        signal += code[rows] @ (mixture * share.sqrt())  # (trials, V)
+    noise = world.noise * torch.empty(num_voxels).uniform_(.7, 1.3, generator=g)
+    return (signal + noise * torch.randn(signal.shape, generator=g)).numpy()
+
+
+def behaviour(world: World, subject: int, own: np.ndarray, seed: int) -> np.ndarray:
+    """The subject's experiment, one row a trial (n, 17): each image up to three times, in random order."""
+    rng = np.random.default_rng([seed, subject])
+    total = max(world.sessions) * world.trials  # the whole plan; some people came to fewer sessions
+    times = np.concatenate([np.repeat(np.arange(world.shared), 3), own])[:total]
+    images = rng.permutation(times)[: world.sessions[subject - 1] * world.trials]
+    n = len(images)
+    table = np.full((n, len(data.BEHAV_COLUMNS)), -1.0)
+    session, trial = np.divmod(np.arange(n), world.trials)
+    seen, seen_now = {}, {}
+    old = np.zeros((n, 2))
+    for i, image in enumerate(images):
+        old[i] = image in seen, seen_now.get(image) == session[i]
+        seen[image], seen_now[image] = i, session[i]
+    correct = (rng.random((n, 2)) < .85).astype(float)
+    columns = dict(cocoidx=images, subject=subject, session=session + 1, run=trial * 12 // world.trials + 1,
+                   trial=trial + 1, global_trial=np.arange(n), time=session + trial * 4 / 86400, isold=old[:, 0],
+                   iscorrect=correct[:, 0], rt=rng.gamma(8, 110, n), changemind=0, isoldcurrent=old[:, 1],
+                   iscorrectcurrent=correct[:, 1], total1=1, total2=0,
+                   button=1 + (old[:, 0] == correct[:, 0]), shared1000=images < world.shared)
+    for name, values in columns.items():
+        table[:, data.BEHAV_COLUMNS.index(name)] = values
+    return table
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files: the official names and layouts
+# ----------------------------------------------------------------------------------------------------------------------
+def copy_networks(path: Path) -> None:
+    """The shipped frozen networks -> `path`, each file checked against SHA256SUMS."""
+    for line in (NETWORKS / "SHA256SUMS").read_text().splitlines():
+        digest, name = line.split("  ")
+        if hashlib.sha256((NETWORKS / name).read_bytes()).hexdigest() != digest:
+            raise UserError(f"{NETWORKS / name} is not the file that was shipped: restore it with `git checkout "
+                            "toy_networks`, or train all anew with `python toy.py --train_frozen`.")
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(NETWORKS / name, path / name)
+    shutil.copytree(path / "unclip/vae", path / "vae")  # the low-level head's VAE: in the real system another one
+
+
+def write_subject(path: Path, table: np.ndarray, voxels: np.ndarray, world: World, subject: int) -> None:
+    """Betas of all trials; tars of the trials: one a session for training, and the shared images' for testing."""
+    shared = table[:, data.BEHAV_COLUMNS.index("shared1000")] > 0
+    session = table[:, data.SESSION].astype(int) - 1
+    train = voxels[~shared]
+    voxels = (voxels - train.mean(0)) / train.std(0)  # paper A.2: z-scored by the training trials
+    data.write_betas(data.h5_path(path, "betas", subject), voxels)
+    windows = data.behaviour_windows(table)
+    splits = {("train", s): ~shared & (session == s) for s in range(world.sessions[subject - 1])}
+    splits["new_test", 0] = shared
+    splits["test", 0] = shared & (session < max(world.sessions) * 37 // 40)  # the test set of the 37-session release
+    start = 0
+    for (split, number), rows in splits.items():
+        start = 0 if number == 0 else start  # the release counts samples on through the sessions
+        file = data.session_tar(path, subject, split, number)
+        data.write_session_tar(file, table[rows], *(w[rows] for w in windows), start=start)
+        start += int(rows.sum())
+
+
+def build_world(path: Path, world: World | None = None, seed: int = 0, rebuild: bool = False) -> None:
+    """Write the whole folder under a temporary name, then rename it. What is there already is kept."""
+    world = world or World()
+    if path.exists() and not rebuild:
+        return
+    building = path.with_name(path.name + ".building")
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    copy_networks(building)
+
+    # Image 0.. are the shared ones; then each subject's own, seen one to three times in turn.
+    own_trials = max(world.sessions) * world.trials - 3 * world.shared
+    repeats = np.resize([3, 2, 1], own_trials)
+    num_own = int(np.searchsorted(np.cumsum(repeats), own_trials)) + 1
+    scenes = draw_scenes(world.shared + 8 * num_own, seed)
+    images = render(scenes)  # (n, 3, 64, 64)
+    data.write_images(data.h5_path(building, "images"), images.numpy().astype(np.float16) / 255)
+    codes = image_code(scenes, images, world, seed)
+    for subject in tqdm(range(1, 9), desc="toy world: eight brains"):
+        own = np.repeat(world.shared + (subject - 1) * num_own + np.arange(num_own), repeats[:num_own])
+        table = behaviour(world, subject, own, seed)
+        voxels = brain(codes, table[:, data.IMAGE].astype(int), world, subject, seed)
+        write_subject(building, table, voxels, world, subject)
+    masks = {s: area_masks(v) for s, v in enumerate(world.voxels, 1)}
+    data.write_region_masks(data.h5_path(building, "masks"), masks)
+    np.save(building / "shared1000.npy", np.arange(len(images)) < world.shared)
+    evals = building / "evals"
+    evals.mkdir()
+    captions = scenes.captions()[: world.shared]
+    torch.save(images[: world.shared].float() / 255, evals / "all_images.pt")
+    torch.save(np.array(captions), evals / "all_captions.pt")
+    torch.save(np.array(captions), evals / "all_git_generated_captions.pt")
+    shutil.rmtree(path, ignore_errors=True)
+    building.rename(path)

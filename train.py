@@ -1,0 +1,401 @@
+"""Train MindEye2: pretrain on seven subjects, fine-tune on an eighth, or train on one subject from scratch.
+
+In   {data_path}: betas, session tars and images of each subject (data.py); {cache_dir}: the frozen networks (model.py)
+Out  train_logs/{model_name}/last.pth          weights, optimizer, losses: the official layout
+                            /best.pth          weights of the best validation, with --val_sessions
+                            /curves.png, samples.png, and a TensorBoard log
+
+    accelerate launch train.py                                        # toy world, subject 1, one session: a minute
+    accelerate launch train.py --model_name=pretrained --multi_subject --subj=1 --num_sessions=40 --batch_size=42
+    accelerate launch train.py --model_name=finetuned --subj=1 --num_sessions=1 --batch_size=24 \\
+        --multisubject_ckpt=train_logs/pretrained
+
+One step, top to bottom (paper §2.1-2.5): trials are drawn, voxels mixed (MixCo), every subject's voxels pass its own
+ridge, the backbone turns them into tokens, and three heads learn from frozen targets:
+
+    L = 30 L_prior + 1 (BiMixCo, later SoftCLIP) + .5 L_lowlevel         (the paper divides by 30: 1, .033, .016)
+
+The frozen targets (CLIP tokens, VAE latents, teacher features of each image) are computed once and read from a
+memory-mapped file: the loop holds no frozen network, which is most of our speed (original: 43% of each step).
+"""
+import argparse
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import matplotlib
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+import data
+import model as networks
+from model import MindEye2, UserError
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  the backend is chosen first: there may be no screen
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Options: names and defaults of the original; what it does not have comes last
+# ----------------------------------------------------------------------------------------------------------------------
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(description="Train MindEye2.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    flag = argparse.BooleanOptionalAction
+    p.add_argument("--model_name", default="testing", help="run name: folder in train_logs that receives everything")
+    p.add_argument("--data_path", help="folder of the dataset; none: the toy world in ./toy, built if it is missing")
+    p.add_argument("--cache_dir", help="folder of the frozen networks and their cached targets; none: data_path")
+    p.add_argument("--subj", type=int, default=1, choices=range(1, 9),
+                   help="subject to train on; with --multi_subject the one LEFT OUT of pretraining")
+    p.add_argument("--multisubject_ckpt", help="fine-tune from this pretrained run (folder or .pth)")
+    p.add_argument("--num_sessions", type=int, default=1,
+                   help="sessions (hours) of --subj to train on, from the first; the paper: 1 or 40. Pretraining takes all")
+    p.add_argument("--use_prior", action=flag, default=True, help="train the diffusion prior (paper §2.2)")
+    p.add_argument("--batch_size", type=int, default=16,
+                   help="trials a step and process, over all subjects; the paper: 24 alone, 63 (released: 42) for 7")
+    p.add_argument("--wandb_log", action=flag, default=False, help="log to Weights & Biases besides TensorBoard")
+    p.add_argument("--wandb_project", default="stability", help="Weights & Biases project")
+    p.add_argument("--mixup_pct", type=float, default=.33, help="share of epochs with BiMixCo, then SoftCLIP")
+    p.add_argument("--blurry_recon", action=flag, default=True, help="train the low-level head (paper §2.5)")
+    p.add_argument("--blur_scale", type=float, default=.5, help="weight of the low-level loss")
+    p.add_argument("--clip_scale", type=float, default=1., help="weight of the contrastive loss")
+    p.add_argument("--prior_scale", type=float, default=30, help="weight of the prior's loss")
+    p.add_argument("--use_image_aug", action=flag, default=False,
+                   help="recolour images, so encode them in the loop: slow, and off in the paper")
+    p.add_argument("--num_epochs", type=int, default=150, help="epochs; the paper: 150")
+    p.add_argument("--multi_subject", action=flag, default=False, help="pretrain on every subject but --subj")
+    p.add_argument("--new_test", action=flag, default=True, help="test set of all 40 sessions, not of the first 37")
+    p.add_argument("--n_blocks", type=int, default=4, help="backbone blocks; no effect with --backbone=released")
+    p.add_argument("--hidden_dim", type=int, default=1024, help="width of the shared space; the paper: 4096")
+    p.add_argument("--lr_scheduler_type", default="cycle", choices=["cycle", "linear"],
+                   help="cycle: OneCycle, 2 epochs up, cosine down; linear: the original's, which RISES to the end")
+    p.add_argument("--ckpt_saving", action=flag, default=True, help="write checkpoints")
+    p.add_argument("--ckpt_interval", type=int, default=5, help="epochs between tests (and checkpoints)")
+    p.add_argument("--seed", type=int, default=42, help="decides initial weights, data order and noise")
+    p.add_argument("--max_lr", type=float, default=3e-4, help="highest learning rate; the paper's code: 3e-4")
+    # Ours
+    p.add_argument("--backbone", default="released", choices=["released", "mlp"],
+                   help="released: linear, as the published weights are; mlp: the residual MLP that the paper describes")
+    p.add_argument("--prior_depth", type=int, default=6, help="layers of the prior; the paper's code: 6")
+    p.add_argument("--prior_dim_head", type=int, default=52, help="channels an attention head; the paper's code: 52")
+    p.add_argument("--tie_positions", action=flag, default=False,
+                   help="start brain and image tokens from one position code: the prior learns sooner (model.py)")
+    p.add_argument("--teacher_views", type=int, default=2, help="cached recolourings of each image for the teacher")
+    p.add_argument("--val_sessions", type=int, default=0,
+                   help="sessions after the last training session to validate on and keep best.pth by; 0: none")
+    p.add_argument("--train_logs", default="train_logs", help="folder of all runs")
+    return p.parse_args(argv)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data
+# ----------------------------------------------------------------------------------------------------------------------
+def load_subject(args: argparse.Namespace, subject: int, split: str, sessions=None) -> SimpleNamespace:
+    """Trials and voxels of one subject: .trials (n), .voxels (n, V) half precision, as in the original."""
+    trials = data.load_trials(args.data_path, subject, split, sessions)
+    return SimpleNamespace(trials=trials, voxels=data.load_voxels(args.data_path, trials).half())
+
+
+def load_data(args: argparse.Namespace) -> SimpleNamespace:
+    """.train: a list with one entry a subject; .val: the held-out sessions or None; .test: of the first subject."""
+    if args.multi_subject:  # all sessions of everybody else; they are tested on the first of them, as in the original
+        subjects = [s for s in range(1, 9) if s != args.subj]
+        first, count = 0, None
+    else:
+        subjects, first, count = [args.subj], args.num_sessions, args.num_sessions
+    sessions = {s: data.count_sessions(args.data_path, s) for s in subjects}
+    keep = {s: range(count or sessions[s] - args.val_sessions) for s in subjects}
+    train = [load_subject(args, s, "train", keep[s]) for s in subjects]
+    val = None
+    if args.val_sessions:
+        first = first or sessions[subjects[0]] - args.val_sessions
+        val = load_subject(args, subjects[0], "train", range(first, first + args.val_sessions))
+    test = load_subject(args, subjects[0], "new_test" if args.new_test else "test")
+    return SimpleNamespace(subjects=subjects, train=train, val=val, test=test)
+
+
+def load_targets(args: argparse.Namespace, accelerator: Accelerator, sets: SimpleNamespace) -> SimpleNamespace:
+    """The frozen networks, and what they say about every image in use (data.cache_targets)."""
+    device = accelerator.device
+    frozen = {"clip": networks.load_clip(args.cache_dir, device)}
+    if args.blurry_recon:
+        frozen["vae"] = networks.load_vae(args.cache_dir, device)
+        frozen["teacher"] = networks.load_teacher(args.cache_dir, device)
+    used = [*sets.train, sets.test] + ([sets.val] if sets.val else [])
+    rows = sorted({int(row) for part in used for row in part.trials.image})
+    with accelerator.main_process_first():  # one process encodes, the others then find all rows done
+        cached = data.cache_targets(args.data_path, args.cache_dir, rows, frozen, args.teacher_views, device)
+    return SimpleNamespace(frozen=frozen, images=data.Images(args.data_path), **cached)
+
+
+def fetch(targets: SimpleNamespace, rows, device: torch.device, view: int, augment: bool) -> dict[str, torch.Tensor]:
+    """Targets of the images in `rows`: clip (B, S, D), latents (B, 4, L, L), features and features_aug (B, F, 512)."""
+    batch = {}
+    if augment:  # recoloured pictures have no cached targets
+        images = v2.RandomApply([v2.ColorJitter(.4, .4, .4, .1)], .3)(targets.images[rows].to(device))
+        batch["clip"] = targets.frozen["clip"].tokens(images)
+        if "vae" in targets.frozen:
+            batch["latents"] = networks.encode_latents(targets.frozen["vae"], images)
+    else:
+        batch["clip"] = targets.clip[rows].to(device).float()  # (B, S, D)
+        if "vae" in targets.frozen:
+            batch["latents"] = targets.vae[rows].to(device).float()  # (B, 4, L, L)
+    if "vae" in targets.frozen:
+        features = targets.teacher[rows].to(device).float()  # (B, 1 + views, F, 512)
+        batch["features"], batch["features_aug"] = features[:, 0], features[:, 1 + view]
+    return batch
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Losses of one step
+# ----------------------------------------------------------------------------------------------------------------------
+def mix_subjects(voxels: list[torch.Tensor]) -> tuple[list[torch.Tensor], SimpleNamespace]:
+    """MixCo (paper §2.2) within each subject; the partners' positions then count through the whole batch.
+
+    The original forgot to count: each subject's partners pointed into the FIRST subject's part of the batch.
+    """
+    mixed, perms, betas, selects, offset = [], [], [], [], 0
+    for x in voxels:
+        x, perm, beta, select = networks.mixco(x)
+        mixed.append(x)
+        perms.append(perm + offset)
+        betas.append(beta)
+        selects.append(select)
+        offset += len(x)
+    return mixed, SimpleNamespace(perm=torch.cat(perms), betas=torch.cat(betas), select=torch.cat(selects))
+
+
+def contrast(brain: torch.Tensor, image: torch.Tensor, mix: SimpleNamespace | None, temp: float) -> torch.Tensor:
+    """All tokens as one long vector of unit length: BiMixCo while voxels are mixed, SoftCLIP after."""
+    brain, image = F.normalize(brain.flatten(1).float(), dim=-1), F.normalize(image.flatten(1), dim=-1)  # (B, S * D)
+    if mix is not None:
+        return networks.mixco_nce(brain, image, .006, mix.perm, mix.betas, mix.select)
+    return networks.soft_clip_loss(brain, image, temp)
+
+
+def low_level(out: dict, batch: dict, mix: SimpleNamespace | None) -> torch.Tensor:
+    """L1 to the VAE latents + .1 SoftCLIP to the teacher, place by place (paper §2.5).
+
+    A mixed brain should show mixed latents. (The original mixed them only after the loss was taken.)
+    """
+    latents = batch["latents"]
+    if mix is not None:
+        share = mix.betas.reshape(-1, 1, 1, 1)
+        latents = share * latents + (1 - share) * latents[mix.perm]
+    l1 = F.l1_loss(out["blurry_latents"].float(), latents)
+    student, teacher, recoloured = (F.normalize(x.flatten(0, 1).float(), dim=-1)  # (B * F, 512)
+                                    for x in (out["blurry_features"], batch["features"], batch["features_aug"]))
+    return l1 + .1 * networks.soft_contrastive_loss(student, teacher, recoloured, .2)
+
+
+def lr_schedule(optimizer, kind: str, max_lr: float, epochs: int, steps: int):
+    """OneCycle: 2 epochs up from max_lr / 25, cosine down to max_lr / 25000; AdamW's beta1 goes .95 -> .85 -> .95."""
+    if kind == "linear":
+        return torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=max(1, epochs * steps - 1))
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr, total_steps=epochs * steps,
+                                               pct_start=min(.5, 2 / epochs), final_div_factor=1000)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Testing
+# ----------------------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def test(model: MindEye2, part: SimpleNamespace, targets: SimpleNamespace, device, limit: int = 300) -> dict:
+    """Outputs averaged over each image's repeats -> retrieval among (up to) 300 images, and the prior's loss.
+
+    image_retrieval: given the brain, is its image the nearest? brain_retrieval: given the image, its brain? (The
+    original has these two the wrong way round: its similarity matrix is transposed.)
+    """
+    model.eval()
+    ids, positions = data.repeats(part.trials)
+    ids, positions = ids[:limit], positions[:limit]
+    outputs = {"backbone": [], "clip_voxels": [], "blurry_latents": []}
+    used = torch.as_tensor([p for group in positions for p in group])
+    for rows in used.split(256):
+        out = model.embed(part.voxels[rows].to(device).float(), subject=0)
+        for name, parts in outputs.items():
+            if getattr(out, name) is not None:
+                parts.append(getattr(out, name).float().cpu())
+    groups, start = [], 0
+    for group in positions:
+        groups.append(list(range(start, start + len(group))))
+        start += len(group)
+    mean = {name: data.average_repeats(torch.cat(parts), groups) for name, parts in outputs.items() if parts}
+    clip_target = targets.clip[ids].float()
+    brain, image = (F.normalize(x.flatten(1), dim=-1) for x in (mean["clip_voxels"], clip_target))
+    similarity = brain @ image.T  # (brains, images)
+    truth = torch.arange(len(ids))
+    rank = (similarity > similarity.diag()[:, None]).sum(1) + 1
+    scores = {"image_retrieval": (similarity.argmax(1) == truth).float().mean().item(),
+              "brain_retrieval": (similarity.argmax(0) == truth).float().mean().item(),
+              "reciprocal_rank": (1 / rank).mean().item()}
+    if model.diffusion_prior is not None:  # the same noise and times at each test, nothing dropped: comparable numbers
+        generator = torch.Generator().manual_seed(0)
+        keep = torch.ones(len(ids), dtype=torch.bool, device=device)
+        loss, _ = model.diffusion_prior.loss(
+            mean["backbone"].to(device), clip_target.to(device), keep=(keep, keep),
+            timesteps=torch.linspace(0, 99, len(ids)).long().to(device),
+            noise=torch.randn(clip_target.shape, generator=generator).to(device))
+        scores["loss_prior"] = loss.item()
+    if "blurry_latents" in mean:
+        scores["loss_latents"] = F.l1_loss(mean["blurry_latents"], targets.vae[ids].float()).item()
+    model.train()
+    return scores | {"ids": ids, "blurry_latents": mean.get("blurry_latents")}
+
+
+def save_pictures(folder: Path, history: dict, last: dict, targets: SimpleNamespace) -> None:
+    """curves.png: every logged number against steps; samples.png: seen and blurry of some test images."""
+    names = sorted(history)
+    figure, axes = plt.subplots(1, len(names), figsize=(3 * len(names), 2.6), squeeze=False)
+    for axis, name in zip(axes[0], names, strict=True):
+        axis.plot(*zip(*history[name], strict=True), lw=1)
+        axis.set(title=name, xlabel="step")
+        axis.title.set_size(9)
+    figure.tight_layout()
+    figure.savefig(folder / "curves.png", dpi=100)
+    plt.close(figure)
+    if last["blurry_latents"] is None:
+        return
+    device = next(targets.frozen["vae"].parameters()).device
+    rows = {"seen": targets.images[last["ids"][:12]],
+            "blurry": networks.decode_latents(targets.frozen["vae"], last["blurry_latents"][:12].to(device)).cpu()}
+    figure, axes = plt.subplots(2, len(rows["seen"]), figsize=(len(rows["seen"]), 2.2), squeeze=False)
+    for line, (name, pictures) in zip(axes, rows.items(), strict=True):
+        line[0].set_title(name, size=9, loc="left")
+        for axis, picture in zip(line, pictures, strict=True):
+            axis.imshow(picture.permute(1, 2, 0).numpy())
+            axis.axis("off")
+    figure.tight_layout(pad=.2)
+    figure.savefig(folder / "samples.png", dpi=100)
+    plt.close(figure)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The method, top to bottom
+# ----------------------------------------------------------------------------------------------------------------------
+def build_model(args: argparse.Namespace, num_voxels: list[int], targets: SimpleNamespace) -> MindEye2:
+    """Sizes come from the frozen networks; with --multisubject_ckpt backbone and prior come from that run."""
+    latent_size = targets.vae[[0]].shape[-1] if args.blurry_recon else 28
+    clip = targets.frozen["clip"]
+    model = MindEye2(num_voxels, args.hidden_dim, args.n_blocks, clip.seq_dim, clip.emb_dim, latent_size,
+                     args.blurry_recon, args.use_prior, args.backbone, args.prior_depth, args.prior_dim_head)
+    if args.tie_positions:
+        model.tie_positions()
+    if args.multisubject_ckpt:
+        networks.load_pretrained(model, networks.load_checkpoint(args.multisubject_ckpt)["model_state_dict"])
+    return model
+
+
+def check_args(args: argparse.Namespace) -> None:
+    if args.data_path is None:
+        import toy  # the only place a stage hears of the toy: there is no other dataset that it could fetch
+        args.data_path = "toy"
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            toy.build_world(Path("toy"))
+    args.cache_dir = args.cache_dir or args.data_path
+    if not Path(args.data_path).is_dir():
+        raise UserError(f"There is no folder {args.data_path}: name the dataset's with --data_path, or build the toy "
+                        "world with `python toy.py`.")
+    if args.multi_subject and args.multisubject_ckpt:
+        raise UserError("--multisubject_ckpt starts a fine-tuning: use it with --no-multi_subject.")
+    if args.num_epochs < 1 or args.batch_size < 1 or args.num_sessions < 1:
+        raise UserError("--num_epochs, --batch_size and --num_sessions must be at least 1.")
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Train and return the last test's scores."""
+    args = parse_args(argv)
+    check_args(args)
+    half = "bf16" if torch.cuda.is_available() else "no"
+    accelerator = Accelerator(mixed_precision=os.environ.get("ACCELERATE_MIXED_PRECISION", half),
+                              log_with=["tensorboard"] + ["wandb"] * args.wandb_log, project_dir=args.train_logs,
+                              kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
+    set_seed(args.seed)
+    device, world = accelerator.device, accelerator.num_processes
+    accelerator.wait_for_everyone()
+
+    sets = load_data(args)
+    targets = load_targets(args, accelerator, sets)
+    model = build_model(args, [part.voxels.shape[1] for part in sets.train], targets)
+    if not args.use_image_aug:
+        targets.frozen["clip"] = None  # only the VAE stays, for the pictures at the end
+    optimizer = torch.optim.AdamW(networks.parameter_groups(model), lr=args.max_lr)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    bare = accelerator.unwrap_model(model)
+
+    share = max(1, args.batch_size // len(sets.train))  # trials a subject: 42 = 6 x 7
+    trials = [part.trials for part in sets.train]
+    steps = data.steps_per_epoch(trials, share * len(trials), world)
+    scheduler = lr_schedule(optimizer, args.lr_scheduler_type, args.max_lr, args.num_epochs, steps)
+    mixco_epochs = int(args.mixup_pct * args.num_epochs)
+    temps = networks.cosine_anneal(.004, .0075, args.num_epochs - mixco_epochs)
+    set_seed(args.seed, device_specific=True)  # from here on each process draws its own noise
+
+    folder = Path(args.train_logs) / args.model_name
+    accelerator.init_trackers(args.model_name, {k: v for k, v in vars(args).items() if v is not None})
+    history, best, last, losses = {}, -1., {}, []
+    bar = tqdm(total=args.num_epochs * steps, desc=args.model_name, disable=not accelerator.is_main_process)
+    for epoch in range(args.num_epochs):
+        mixing = epoch < mixco_epochs
+        for positions in data.epoch_batches(trials, share, steps, args.seed, epoch, accelerator.process_index, world):
+            voxels = [part.voxels[rows].to(device).float() for part, rows in zip(sets.train, positions, strict=True)]
+            rows = [int(row) for t, p in zip(trials, positions, strict=True) for row in t.image[p]]
+            view = int(torch.randint(args.teacher_views, ())) if args.teacher_views else -1
+            batch = fetch(targets, rows, device, view, args.use_image_aug)
+
+            voxels, mix = mix_subjects(voxels) if mixing else (voxels, None)
+            with accelerator.autocast():
+                out = model(voxels, batch["clip"] if args.use_prior else None)
+            parts = {"clip": args.clip_scale * contrast(
+                out["clip_voxels"], batch["clip"], mix, None if mixing else temps[epoch - mixco_epochs])}
+            if args.use_prior:
+                parts["prior"] = args.prior_scale * out["loss_prior"]
+            if args.blurry_recon:
+                parts["lowlevel"] = args.blur_scale * low_level(out, batch, mix)
+            loss = sum(parts.values())
+
+            accelerator.backward(loss)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            bar.update()
+            losses.append(loss.detach())
+
+        if epoch % args.ckpt_interval == 0 or epoch == args.num_epochs - 1:
+            logs = {"train/loss": torch.stack(losses[-steps:]).mean().item(), "train/lr": scheduler.get_last_lr()[0]}
+            logs |= {f"train/{name}": value.item() for name, value in parts.items()}
+            if not torch.isfinite(torch.tensor(logs["train/loss"])):
+                raise UserError(f"The loss became {logs['train/loss']} in epoch {epoch}: lower --max_lr (now "
+                                f"{args.max_lr}); the last checkpoint is kept.")
+            if accelerator.is_main_process:
+                last = test(bare, sets.test, targets, device)
+                logs |= {f"test/{name}": value for name, value in last.items() if isinstance(value, float)}
+                state = dict(epoch=epoch, config={"backbone": args.backbone}, lr_scheduler=scheduler.state_dict())
+                if sets.val is not None:
+                    scores = test(bare, sets.val, targets, device)
+                    logs |= {f"val/{name}": value for name, value in scores.items() if isinstance(value, float)}
+                    if scores["reciprocal_rank"] > best:
+                        best = scores["reciprocal_rank"]
+                        if args.ckpt_saving:
+                            networks.save_checkpoint(folder / "best.pth", bare, **state)
+                if args.ckpt_saving:
+                    networks.save_checkpoint(folder / "last.pth", bare, optimizer_state_dict=optimizer.state_dict(),
+                                             train_losses=[float(x) for x in losses], test_losses=[], lrs=[], **state)
+                for name, value in logs.items():
+                    history.setdefault(name, []).append(((epoch + 1) * steps, value))
+                bar.set_postfix(loss=f"{logs['train/loss']:.2f}", retrieval=f"{last['image_retrieval']:.2f}")
+            accelerator.log(logs, step=(epoch + 1) * steps)
+            accelerator.wait_for_everyone()
+    bar.close()
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_pictures(folder, history, last, targets)
+    accelerator.end_training()
+    return {name: value for name, value in last.items() if isinstance(value, float)} | {"history": history}
+
+
+if __name__ == "__main__":
+    networks.run_main(main)
