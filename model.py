@@ -783,7 +783,8 @@ def load_pretrained(model: MindEye2, state: dict[str, Tensor]) -> None:
 
 
 def _frozen(network: nn.Module, device: str | torch.device, dtype: torch.dtype = torch.float32) -> nn.Module:
-    return network.eval().requires_grad_(False).to(device, dtype)
+    """Ready for inference. (nn.Module's own `to`: diffusers' prints a warning that means nothing here.)"""
+    return nn.Module.to(network.eval().requires_grad_(False), device, dtype)
 
 
 CLIP_MEAN, CLIP_STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD

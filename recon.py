@@ -34,17 +34,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import Images, average_repeats, load_trials, load_voxels, num_voxels, repeats, replacing
-from model import (
-    MindEye2,
-    UserError,
-    config_from_state_dict,
-    decode_latents,
-    load_checkpoint,
-    load_unclip,
-    load_vae,
-    run_main,
-    unclip_vector,
-)
+from model import MindEye2, UserError, config_from_state_dict, decode_latents, load_checkpoint, run_main
+
+from model import load_unclip, load_vae, unclip_vector  # isort: skip
 
 MAX_SIZE = 256  # pixels; larger pictures are saved at this size, as the original's are
 GRID_COLUMNS = 16
@@ -62,36 +54,31 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--train_logs", default="train_logs", help="folder of the checkpoints")
     add("--evals", default="evals", help="folder of the output")
     add("--subj", type=int, default=1, choices=range(1, 9), help="number of the subject; 1, 2, 5 and 7 in the paper")
-    add("--new_test", action=switch, default=True, help="all three sessions-complete test trials, as in the paper")
+    add("--new_test", action=switch, default=True, help="the complete test set, the paper's; no = its first part")
     add("--blurry_recon", action=switch, default=True, help="also decode the low-level head; on in the paper")
     add("--hidden_dim", type=int, help="channels, 4096 in the paper; None = the checkpoint's, else it must agree")
     add("--n_blocks", type=int, help="residual blocks, 4 in the paper; None = the checkpoint's, else it must agree")
-    add("--prior_steps", type=int, default=20, help="sampling steps of the prior; 20 in the paper, 100 = its whole chain")
+    add("--prior_steps", type=int, default=20, help="sampling steps of the prior, 2 to 100; 20 in the paper")
     add("--steps", type=int, default=38, help="denoising steps of the decoder; 38 in the paper's code")
-    add("--scheduler", default="euler", choices=["euler", "dpm"], help="solver of the decoder; euler in the paper's code")
+    add("--scheduler", default="euler", choices=["euler", "dpm"], help="solver of the decoder; the paper's is euler")
     add("--guidance", type=float, default=5.0, help="guidance scale; 5 in the paper's code, 1 = off at half the cost")
-    add("--batch_size", type=int, default=16, help="images at once on a process, 1 in the paper's code; no other effect")
+    add("--batch_size", type=int, default=16, help="images at once, a process; 1 in the paper's code")
     add("--num_images", type=int, help="images, the first by row number; None = all (1000 in the paper)")
     add("--seed", type=int, default=42, help="a number, the seed of all noise; 42 in the paper's code")
     args = parser.parse_args(argv)
     for name, least in {"prior_steps": 2, "steps": 1, "batch_size": 1, "num_images": 1, "seed": 0}.items():
-        if (value := getattr(args, name)) is not None and value < least:
-            raise UserError(f"--{name} must be at least {least}, not {value}.")
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            raise UserError(f"--{name} must be at least {least}, not {getattr(args, name)}.")
     args.cache_dir = args.cache_dir or args.data_path
     args.unclip = args.unclip or Path(args.cache_dir) / "unclip"
     return args
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Loading
-# ----------------------------------------------------------------------------------------------------------------------
-
 
 def load_model(args: argparse.Namespace, voxels: int) -> tuple[MindEye2, int]:
-    """The trained model, and which of its ridge layers reads this subject, who has `voxels` voxels.
-
-    Raises UserError when the checkpoint does not fit the subject or the flags.
-    """
+    """The trained model, and which of its ridge layers is for a brain of so many voxels. Raises UserError."""
     path = Path(args.train_logs) / args.model_name / f"{args.tag}.pth"
     checkpoint = load_checkpoint(path)
     state = checkpoint["model_state_dict"]
@@ -121,25 +108,21 @@ def load_model(args: argparse.Namespace, voxels: int) -> tuple[MindEye2, int]:
 
 
 def load_decoders(args: argparse.Namespace, model: MindEye2, device: torch.device) -> SimpleNamespace:
-    """The unCLIP decoder, with the VAE of the blurry latents as .blurry_vae (None if not wanted)."""
+    """The unCLIP decoder, and as its .blurry_vae the VAE of the blurry latents (None if not wanted)."""
     # bfloat16 halves the UNet's 10 GB. Its 8 bits would show as bands in a picture, so the VAE stays in float32.
     unclip = load_unclip(args.unclip, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     unclip.vae.float().enable_slicing()  # one picture at a time: at 768 pixels each needs gigabytes
     wanted, given = unclip.unet.config.cross_attention_dim, model.backbone.token_shape[1]
     if wanted != given:
-        raise UserError(f"{args.unclip} draws from tokens of {wanted} channels, the model's have {given}: name its "
-                        "decoder with --unclip.")  # fmt: skip
-    train_steps = unclip.scheduler.config.num_train_timesteps
-    if args.steps >= train_steps:
-        raise UserError(f"--steps must be below {train_steps}, the steps that {args.unclip} was trained with.")
+        raise UserError(f"{args.unclip} needs tokens of {wanted} channels, ours have {given}: name another --unclip.")
+    if args.steps >= (trained := unclip.scheduler.config.num_train_timesteps):
+        raise UserError(f"--steps must be below {trained}, the number of noise levels that {args.unclip} knows.")
     unclip.blurry_vae = load_vae(args.cache_dir, device) if args.blurry_recon else None
     return unclip
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # One batch of images
-# ----------------------------------------------------------------------------------------------------------------------
-
 
 def embed_images(model: MindEye2, voxels: Tensor, positions: list[np.ndarray], ridge: int) -> dict[str, Tensor]:
     """Brain outputs of images: voxels (trials, V), and for each of B images the rows of its repetitions.
@@ -166,7 +149,7 @@ def draw_noise(image: int, args: argparse.Namespace, tokens: tuple[int, int], la
 
 def make_schedule(saved, name: str, steps: int, device: torch.device | str):
     """The noise levels and the solver; `saved` is the decoder's own scheduler and knows what its UNet predicts."""
-    if name == "dpm":  # second order: as good in 6 steps as Euler in many
+    if name == "dpm":  # second order: a few steps do
         schedule = DPMSolverMultistepScheduler.from_config(saved.config, timestep_spacing="trailing")
         schedule.set_timesteps(steps, device=device)
         return schedule
@@ -193,7 +176,7 @@ def draw(
     guided = guidance != 1
     # Guidance wants to know what the UNet draws without a prompt, but it was never trained without one: there is no
     # empty prompt. Random tokens stand for "any picture", drawn once and kept for all steps.
-    prompt = torch.cat((unconditional, tokens)) if guided else tokens                            # (2B, S, D)
+    prompt = (torch.cat((unconditional, tokens)) if guided else tokens).to(unet.dtype)           # (2B, S, D)
     size = noise.shape[-1] * 2 ** (len(vae.config.block_out_channels) - 1)
     vector = unclip_vector(unet.config.projection_class_embeddings_input_dim, size).to(prompt)   # (1, 1024)
     vector = vector.expand(len(prompt), -1)                                                      # (2B, 1024)
@@ -201,22 +184,19 @@ def draw(
     for t in schedule.timesteps:
         seen = schedule.scale_model_input(x, t)                                                  # variance 1 again
         seen = torch.cat((seen, seen)) if guided else seen                                       # (2B, 4, L, L)
-        inputs = [part.to(unet.dtype) for part in (seen, prompt, vector)]
-        prediction = unet(inputs[0], t, inputs[1], class_labels=inputs[2]).sample.float()        # (2B, 4, L, L)
+        prediction = unet(seen.to(unet.dtype), t, prompt, class_labels=vector).sample.float()    # (2B, 4, L, L)
         if guided:
             blind, told = prediction.chunk(2)
             prediction = blind + guidance * (told - blind)                                       # (B, 4, L, L)
         x = schedule.step(prediction, t, x).prev_sample                                          # (B, 4, L, L)
     pixels = vae.decode(x / vae.config.scaling_factor).sample                                    # (B, 3, 8 L, 8 L)
-    # A decoder trained on [-1, 1] has scale and shift .5. The released one has .8 and .2, found by the authors' eyes:
-    # its prompts are tokens of washed-out pictures (see model.clip_preprocess), which it draws too dark for .5.
+    # Scale and shift are .5 for a decoder that draws in [-1, 1]. The released one has .8 and .2, found by hand: its
+    # prompts here are tokens of washed-out pictures (model.clip_preprocess), in its training they were of plain ones.
     return (pixels * unclip.output_scale + unclip.output_shift).clamp(0, 1)
 
 
 def resized(pictures: Tensor, size: int) -> Tensor:
     """(B, 3, H, H) -> (B, 3, size, size); without antialiasing, as the torchvision of the paper's code had it."""
-    if pictures.shape[-1] == size:
-        return pictures
     return F.interpolate(pictures, (size, size), mode="bilinear", align_corners=False, antialias=False)
 
 
@@ -225,16 +205,15 @@ def reconstruct(
     model: MindEye2, ridge: int, unclip: SimpleNamespace, voxels: Tensor, images: np.ndarray,
     positions: list[np.ndarray], args: argparse.Namespace,
 ) -> dict[str, Tensor]:
-    """The output of a batch, on the CPU: recons, blurryrecons (B, 3, H, W), clipvoxels (B, S, D)."""
+    """The output of a batch of B images, on the CPU: recons, blurryrecons (B, 3, H, W), clipvoxels (B, S, D)."""
     device, side = next(model.parameters()).device, unclip.unet.config.sample_size
     latent = (unclip.unet.config.in_channels, side, side)
     noise = zip(*(draw_noise(image, args, model.backbone.token_shape, latent) for image in images), strict=True)
     start, unconditional, prior_start, prior_steps = (torch.stack(part).to(device) for part in noise)
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         brain = embed_images(model, voxels, positions, ridge)
-        # The noise is (steps, B, S, D) there; DDIM leaves the last two steps' unused, the whole chain uses all.
-        tokens = model.diffusion_prior.sample(
-            brain["backbone"], args.prior_steps, prior_start, prior_steps.transpose(0, 1))  # (B, S, D)
+        prior_steps = prior_steps.transpose(0, 1)  # (steps, B, S, D), of which DDIM leaves two unused
+        tokens = model.diffusion_prior.sample(brain["backbone"], args.prior_steps, prior_start, prior_steps)
     pictures = draw(unclip, tokens, start, unconditional, args.steps, args.guidance, args.scheduler)
     size = min(pictures.shape[-1], MAX_SIZE)
     out = {"recons": resized(pictures, size)}
@@ -243,10 +222,8 @@ def reconstruct(
     return {name: x.cpu() for name, x in out.items()} | {"clipvoxels": brain["clip_voxels"].half().cpu()}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Output
-# ----------------------------------------------------------------------------------------------------------------------
-
 
 def save(path: Path, value: object) -> None:
     with replacing(path) as temporary, open(temporary, "wb") as file:
@@ -260,10 +237,9 @@ def gather(batches: list[dict[str, Tensor]], prefix: str, state: PartialState) -
     parts = [Path(f"{prefix}_part{rank}.pt") for rank in range(state.num_processes)]
     save(parts[state.process_index], batches)
     state.wait_for_everyone()
-    if not state.is_main_process:
-        return []
-    batches = [batch for part in parts for batch in torch.load(part, weights_only=True)]
-    for part in parts:
+    batches = []
+    for part in parts if state.is_main_process else ():
+        batches += torch.load(part, weights_only=True)
         part.unlink()
     return batches
 
@@ -271,9 +247,9 @@ def gather(batches: list[dict[str, Tensor]], prefix: str, state: PartialState) -
 def save_grid(path: Path, rows: dict[str, Tensor], images: np.ndarray) -> None:
     """One picture file: a labelled row for each entry of rows {label: (columns, 3, H, H)}, image numbers above."""
     columns, size = len(images), 256
-    strips = [F.interpolate(x.float(), (size, size)).permute(2, 0, 3, 1).flatten(1, 2) for x in rows.values()]
+    strips = [resized(x.float(), size).permute(2, 0, 3, 1).flatten(1, 2) for x in rows.values()]
     figure = Figure(figsize=(1.3 * columns + 1.2, 1.3 * len(rows) + 0.4), dpi=120, layout="constrained")
-    axes = figure.subplots()
+    axes = figure.add_subplot()
     axes.imshow(torch.cat(strips).numpy(), aspect="equal")  # (rows * size, columns * size, 3)
     axes.set_yticks([size * (i + 0.5) for i in range(len(rows))], list(rows), fontsize=13)
     axes.set_xticks([size * (i + 0.5) for i in range(columns)], [str(image) for image in images], fontsize=8)
@@ -287,20 +263,17 @@ def write(prefix: str, arrays: dict[str, Tensor], seen: Tensor, images: np.ndarr
         save(Path(f"{prefix}_all_{name}.pt"), array)
     if "blurryrecons" not in arrays:  # an earlier run's would be taken for this one's
         Path(f"{prefix}_all_blurryrecons.pt").unlink(missing_ok=True)
-    count = len(seen)
-    rows = {"seen": resized(seen, arrays["recons"].shape[-1])}
-    rows |= {label: arrays[name][:count] for label, name in (("blurry", "blurryrecons"), ("reconstruction", "recons"))
-             if name in arrays}  # fmt: skip
-    save_grid(Path(f"{prefix}_grid.png"), rows, images[:count])
+    labels = {"blurryrecons": "blurry", "recons": "reconstructed"}
+    rows = {"seen": seen} | {label: arrays[name][: len(seen)] for name, label in labels.items() if name in arrays}
+    save_grid(Path(f"{prefix}_grid.png"), rows, images[: len(seen)])
     print(f"wrote {prefix}_all_{{{','.join(arrays)}}}.pt and {prefix}_grid.png")
 
 
 def main(argv: list[str] | None = None) -> dict[str, Tensor]:
     """Returns {image_ids (n,), recons, blurryrecons, clipvoxels} as written; {} on processes other than the first."""
-    args, state = parse(argv), PartialState()
+    args, state = parse(argv), PartialState(cpu=not torch.cuda.is_available())
     trials = load_trials(args.data_path, args.subj, "new_test" if args.new_test else "test")
-    images, positions = repeats(trials)
-    images, positions = images[: args.num_images], positions[: args.num_images]
+    images, positions = (part[: args.num_images] for part in repeats(trials))
     seen = Images(args.data_path)[images[:GRID_COLUMNS]]  # (16, 3, H, W), read early: the rest takes long
     model, ridge = load_model(args, num_voxels(args.data_path, args.subj))
     unclip = load_decoders(args, model, state.device)

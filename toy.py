@@ -295,3 +295,133 @@ def build_world(path: Path, world: World | None = None, seed: int = 0, rebuild: 
     torch.save(np.array(captions), evals / "all_git_generated_captions.pt")
     shutil.rmtree(path, ignore_errors=True)
     building.rename(path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The headline (paper Fig. 1, Table 1): what is pretraining on seven others worth?
+# ----------------------------------------------------------------------------------------------------------------------
+@dataclass
+class Recipe:
+    """How long each model trains: its validation curve is flat by then (train_logs/*/curves.png). Flags for train.py."""
+    sizes: str = "--hidden_dim=256 --prior_depth=3 --prior_dim_head=16 --teacher_views=1 --max_lr=1e-3"
+    pretrain: str = "--batch_size=70 --num_epochs=30 --ckpt_interval=10"
+    session: str = "--batch_size=24 --num_epochs=80 --ckpt_interval=10 --num_sessions=1 --val_sessions=1"
+    everything: str = "--batch_size=24 --num_epochs=6 --ckpt_interval=2 --num_sessions=19 --val_sessions=1"
+    draw: str = "--scheduler=dpm --steps=6 --guidance=1"  # as good as 38 Euler steps here: the toy decoder is certain
+
+
+SMOKE_RECIPE = Recipe(
+    sizes="--hidden_dim=32 --prior_depth=1 --prior_dim_head=16 --teacher_views=1 --max_lr=1e-3",
+    pretrain="--batch_size=14 --num_epochs=1", session="--batch_size=8 --num_epochs=2 --num_sessions=1 --val_sessions=1",
+    everything="--batch_size=8 --num_epochs=2 --num_sessions=1 --val_sessions=1",
+    draw="--scheduler=dpm --steps=2 --guidance=1 --prior_steps=5")
+METRICS = {"image_retrieval": "image retr.", "brain_retrieval": "brain retr.", "pixcorr": "PixCorr",
+           "two_way_clip": "two-way CLIP", "blurry_pixcorr": "blurry PixCorr"}
+
+
+def run_stage(stage, flags: str) -> dict:
+    """Run a stage's main() here (its imports take longer than it does), after printing the command that does the same."""
+    print(f"\n$ python {stage.__name__}.py {flags}", flush=True)
+    return stage.main(flags.split())
+
+
+def headline(path: Path, seed: int, logs: Path, evals: Path, recipe: Recipe) -> list[dict]:
+    """Pretrain, train three models of subject 1, draw and score what they read; one dict of numbers a model."""
+    import evaluate
+    import recon
+    import train
+    tag = "" if seed == 0 else f"_seed{seed}"
+    pretrained = f"toy_pretrained{tag}"
+    data_flags = f"--data_path={path} --subj=1"
+    train_flags = f"{data_flags} --train_logs={logs} --seed={seed} {recipe.sizes}"
+    models = {
+        pretrained: f"--multi_subject --tie_positions {recipe.pretrain}",
+        f"toy_1session_scratch{tag}": f"--tie_positions {recipe.session}",
+        f"toy_1session_pretrained{tag}": f"--multisubject_ckpt={logs / pretrained} {recipe.session}",
+        f"toy_allsessions_scratch{tag}": f"--tie_positions {recipe.everything}",
+    }
+    results = []
+    for name, flags in models.items():
+        if not (logs / name / "samples.png").exists():  # the last file that a training writes
+            run_stage(train, f"--model_name={name} {train_flags} {flags}")
+        if name == pretrained:
+            continue
+        scores = evals / name / f"{name}_metrics.json"
+        if not scores.exists():
+            run_stage(recon, f"--model_name={name} --tag=best {data_flags} --train_logs={logs} --evals={evals} {recipe.draw}")
+            run_stage(evaluate, f"--model_name={name} {data_flags} --evals={evals}")
+        results.append({"model": name.removeprefix("toy_").removesuffix(tag), "seed": seed,
+                        **{key: json.loads(scores.read_text())[key] for key in METRICS}})
+    return results
+
+
+def print_table(results: list[dict]) -> None:
+    """Rows: models, one line a seed."""
+    print(f"\n{'model':<22}{'seed':>5}" + "".join(f"{title:>16}" for title in METRICS.values()))
+    for row in sorted(results, key=lambda r: (r["seed"], r["model"])):
+        print(f"{row['model']:<22}{row['seed']:>5}" + "".join(f"{row[key]:>16.3f}" for key in METRICS))
+
+
+def save_headline(path: Path, evals: Path, file: Path, columns: int = 12) -> None:
+    """One picture: seen, blurry, and what the three models of seed 0 read, for the first test images."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    load = lambda name, kind: torch.load(evals / name / f"{name}_all_{kind}.pt", weights_only=True)  # noqa: E731
+    rows = {"seen": torch.load(path / "evals/all_images.pt", weights_only=True),
+            "blurry\n(pretrained,\n1 session)": load("toy_1session_pretrained", "blurryrecons"),
+            "scratch,\n1 session": load("toy_1session_scratch", "recons"),
+            "pretrained,\n1 session": load("toy_1session_pretrained", "recons"),
+            "scratch,\nall sessions": load("toy_allsessions_scratch", "recons")}
+    columns = min(columns, *(len(pictures) for pictures in rows.values()))
+    figure, axes = plt.subplots(len(rows), columns, figsize=(columns + 1.2, len(rows)), squeeze=False)
+    for line, (name, pictures) in zip(axes, rows.items(), strict=True):
+        line[0].text(-.12, .5, name, transform=line[0].transAxes, ha="right", va="center", size=9)
+        for axis, picture in zip(line, pictures, strict=False):
+            axis.imshow(picture.permute(1, 2, 0).numpy())
+            axis.axis("off")
+    figure.subplots_adjust(left=1.2 / (columns + 1.2), right=.995, top=.995, bottom=.005, wspace=.04, hspace=.04)
+    figure.savefig(file, dpi=100)
+    plt.close(figure)
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(description="Build the toy world and run every stage of MindEye2 on it.",
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--data_path", help="folder of the world; none: toy, with --smoke toy-smoke (more seeds: toy_seed1 ..)")
+    p.add_argument("--seed", type=int, nargs="+", default=[0],
+                   help="decides scenes, brains, noise and initial weights; several seeds: a world and a table row each")
+    p.add_argument("--smoke", action="store_true", help="everything at its smallest, for tests; its numbers mean nothing")
+    p.add_argument("--rebuild", action="store_true", help="start over: world, models and pictures")
+    p.add_argument("--train_frozen", action="store_true", help="train the shipped networks anew, into toy_networks/")
+    return p.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    args = parse_args(argv)
+    start = time.time()
+    if args.train_frozen:
+        import toy_networks
+        toy_networks.train_all(NETWORKS, seed=args.seed[0])
+    base = Path(args.data_path or ("toy-smoke" if args.smoke else "toy"))
+    world, recipe = (SMOKE, SMOKE_RECIPE) if args.smoke else (World(), Recipe())
+    results = []
+    for seed in args.seed:
+        path = base if seed == args.seed[0] else base.with_name(f"{base.name}_seed{seed}")
+        logs, evals = (path / "train_logs", path / "evals") if args.smoke else (Path("train_logs"), path / "evals")
+        if args.rebuild:
+            for old in logs.glob("toy_*"):
+                shutil.rmtree(old)
+        build_world(path, world, seed, args.rebuild)
+        results += headline(path, seed, logs, evals, recipe)
+    (base / "results.json").write_text(json.dumps(results, indent=1))
+    save_headline(base, base / "evals", base / "headline.png")
+    print_table(results)
+    print(f"\n{(time.time() - start) / 60:.1f} minutes. The table: {base / 'results.json'}, the picture: "
+          f"{base / 'headline.png'}, curves: train_logs/*/curves.png")
+    return results
+
+
+if __name__ == "__main__":
+    from model import run_main
+    run_main(main)

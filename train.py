@@ -68,8 +68,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--num_epochs", type=int, default=150, help="epochs; the paper: 150")
     p.add_argument("--multi_subject", action=flag, default=False, help="pretrain on every subject but --subj")
     p.add_argument("--new_test", action=flag, default=True, help="test set of all 40 sessions, not of the first 37")
-    p.add_argument("--n_blocks", type=int, default=4, help="backbone blocks; no effect with --backbone=released")
-    p.add_argument("--hidden_dim", type=int, default=1024, help="width of the shared space; the paper: 4096")
+    p.add_argument("--n_blocks", type=int, help="backbone blocks (none: 4); no effect with --backbone=released")
+    p.add_argument("--hidden_dim", type=int,
+                   help="width of the shared space (none: 1024); the paper: 4096. These and the next sizes follow "
+                        "--multisubject_ckpt where they are not given")
     p.add_argument("--lr_scheduler_type", default="cycle", choices=["cycle", "linear"],
                    help="cycle: OneCycle, 2 epochs up, cosine down; linear: the original's, which RISES to the end")
     p.add_argument("--ckpt_saving", action=flag, default=True, help="write checkpoints")
@@ -77,10 +79,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--seed", type=int, default=42, help="decides initial weights, data order and noise")
     p.add_argument("--max_lr", type=float, default=3e-4, help="highest learning rate; the paper's code: 3e-4")
     # Ours
-    p.add_argument("--backbone", default="released", choices=["released", "mlp"],
-                   help="released: linear, as the published weights are; mlp: the residual MLP that the paper describes")
-    p.add_argument("--prior_depth", type=int, default=6, help="layers of the prior; the paper's code: 6")
-    p.add_argument("--prior_dim_head", type=int, default=52, help="channels an attention head; the paper's code: 52")
+    p.add_argument("--backbone", choices=["released", "mlp"],
+                   help="released (none): linear, as the published weights are; mlp: the residual MLP of the paper")
+    p.add_argument("--prior_depth", type=int, help="layers of the prior (none: 6, as the paper's code)")
+    p.add_argument("--prior_dim_head", type=int, help="channels of an attention head (none: 52, as the paper's code)")
     p.add_argument("--tie_positions", action=flag, default=False,
                    help="start brain and image tokens from one position code: the prior learns sooner (model.py)")
     p.add_argument("--teacher_views", type=int, default=2, help="cached recolourings of each image for the teacher")
@@ -277,15 +279,21 @@ def save_pictures(folder: Path, history: dict, last: dict, targets: SimpleNamesp
 # The method, top to bottom
 # ----------------------------------------------------------------------------------------------------------------------
 def build_model(args: argparse.Namespace, num_voxels: list[int], targets: SimpleNamespace) -> MindEye2:
-    """Sizes come from the frozen networks; with --multisubject_ckpt backbone and prior come from that run."""
+    """Sizes come from the frozen networks and the flags; with --multisubject_ckpt all but the ridge from that run."""
+    sizes = {"hidden_dim": 1024, "n_blocks": 4, "prior_depth": 6, "prior_dim_head": 52, "backbone": "released"}
+    if args.multisubject_ckpt:
+        pretrained = networks.load_checkpoint(args.multisubject_ckpt)
+        known = networks.config_from_state_dict(pretrained["model_state_dict"]) | pretrained.get("config", {})
+        sizes |= {name: known[name] for name in sizes if name in known}
+    sizes |= {name: getattr(args, name) for name in sizes if getattr(args, name) is not None}
     latent_size = targets.vae[[0]].shape[-1] if args.blurry_recon else 28
     clip = targets.frozen["clip"]
-    model = MindEye2(num_voxels, args.hidden_dim, args.n_blocks, clip.seq_dim, clip.emb_dim, latent_size,
-                     args.blurry_recon, args.use_prior, args.backbone, args.prior_depth, args.prior_dim_head)
+    model = MindEye2(num_voxels, clip_seq_dim=clip.seq_dim, clip_emb_dim=clip.emb_dim, latent_size=latent_size,
+                     blurry_recon=args.blurry_recon, use_prior=args.use_prior, **sizes)
     if args.tie_positions:
         model.tie_positions()
     if args.multisubject_ckpt:
-        networks.load_pretrained(model, networks.load_checkpoint(args.multisubject_ckpt)["model_state_dict"])
+        networks.load_pretrained(model, pretrained["model_state_dict"])
     return model
 
 
@@ -373,7 +381,7 @@ def main(argv: list[str] | None = None) -> dict:
             if accelerator.is_main_process:
                 last = test(bare, sets.test, targets, device)
                 logs |= {f"test/{name}": value for name, value in last.items() if isinstance(value, float)}
-                state = dict(epoch=epoch, config={"backbone": args.backbone}, lr_scheduler=scheduler.state_dict())
+                state = dict(epoch=epoch, config={"backbone": bare.backbone.kind}, lr_scheduler=scheduler.state_dict())
                 if sets.val is not None:
                     scores = test(bare, sets.val, targets, device)
                     logs |= {f"val/{name}": value for name, value in scores.items() if isinstance(value, float)}
