@@ -793,7 +793,7 @@ TEACHER_MEAN, TEACHER_STD = (0.485, 0.456, 0.406), (0.228, 0.224, 0.225)
 
 
 def _normalise(images: Tensor, mean: tuple, std: tuple) -> Tensor:
-    """(x - mean) / std a channel, with plain numbers: a CUDA graph (toy_networks.py) cannot record a copy from the CPU."""
+    """(x - mean) / std of each channel, with plain numbers: a CUDA graph (toy_networks.py) takes no new tensors."""
     return torch.stack([(images[:, c] - mean[c]) / std[c] for c in range(3)], 1)
 
 

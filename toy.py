@@ -102,7 +102,8 @@ def render(scenes: Scenes, size: int = 64, device: str = "cpu", chunk: int = 204
     grid = (torch.arange(size, device=device) + .5) / size
     py, px = torch.meshgrid(grid, grid, indexing="ij")
     pictures = []
-    for part in torch.arange(len(scenes.count)).split(chunk):
+    parts = torch.arange(len(scenes.count)).split(chunk)
+    for part in tqdm(parts, desc="scenes", leave=False, disable=len(parts) < 3):
         s = Scenes(*[getattr(scenes, f.name)[part].to(device) for f in fields(Scenes)])
         wide = lambda t: t.reshape(-1, 1, 1)  # noqa: E731  broadcast a number a scene over its pixels
         sky, horizon = palette["sky"][s.sky], wide(s.horizon)  # (b, 2, 3)
@@ -137,8 +138,8 @@ def render(scenes: Scenes, size: int = 64, device: str = "cpu", chunk: int = 204
 @dataclass
 class World:
     """Sizes of the world. NSD: 40 sessions of 750 trials, 1000 shared and 9000 own images, 12,682-17,907 voxels."""
-    sessions: tuple = (20, 20, 16, 15, 20, 16, 20, 15)  # half of NSD's 40, 40, 32, 30, 40, 32, 40, 30
-    trials: int = 200  # in a session
+    sessions: tuple = (10, 10, 8, 8, 10, 8, 10, 8)  # a quarter of NSD's 40, 40, 32, 30, 40, 32, 40, 30
+    trials: int = 300  # in a session
     shared: int = 300  # images seen by all, three times each: the test set
     voxels: tuple = (1572, 1427, 1522, 1315, 1303, 1790, 1268, 1438)  # a tenth of NSD's
     noise: float = 1.6  # standard deviation of a trial's noise; the signal's is 1
@@ -154,20 +155,21 @@ LOW_SHARE = {"V1": 1.0, "V2": .9, "V3": .75, "V4": .5, "higher_vis": .1}  # how 
 def image_code(scenes: Scenes, images: torch.Tensor, world: World, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """What all people's brains compute alike from a picture: low (n, world.low) and high (n, world.high), whitened.
 
-    Low: the picture blurred to 8 x 8 colours. High: which object, how coloured, how large, and where, left and right.
+    Low: the picture blurred to 8 x 8 colours. High: what each of the two objects is, its colour, size and place.
     Both are squeezed through a random layer with a tanh: no linear map from brain to picture is exact.
     """
     g = torch.Generator().manual_seed(seed)
     blurred = F.avg_pool2d(images.float() / 255, images.shape[-1] // 8).flatten(1)  # (n, 192)
-    one_hot = [F.one_hot(scenes.ground, len(GROUNDS)) * .5, F.one_hot(scenes.sky, len(SKIES)) * .5]
+    palette = [torch.tensor(list(table.values())) for table in (COLOURS, GROUNDS)]
+    kinds = F.normalize(torch.randn(len(SHAPES), 4, generator=g), dim=1)  # eight shapes as points in 4 dimensions
+    known = [palette[1][scenes.ground] * 2, F.one_hot(scenes.sky, len(SKIES)) * .7]
     for k in range(2):
         seen = (scenes.count > k).float()[:, None]
-        place = (scenes.place[:, k] - torch.tensor([.5, .54])) * torch.tensor([6., 6.])  # about unit variance
-        one_hot += [F.one_hot(scenes.shape[:, k], len(SHAPES)) * seen * 1.5,
-                    F.one_hot(scenes.colour[:, k], len(COLOURS)) * seen * 1.5,
-                    F.one_hot(scenes.size[:, k], len(SIZES)) * seen, place * seen, seen]
+        place = (scenes.place[:, k] - torch.tensor([.5, .54])) * 6
+        known += [kinds[scenes.shape[:, k]] * 2 * seen, (palette[0][scenes.colour[:, k]] - .5) * 3 * seen,
+                  place * seen, (scenes.size[:, k, None] * 2 - 1) * seen, seen]
     codes = []
-    for features, width in ((blurred, world.low), (torch.cat(one_hot, 1).float(), world.high)):
+    for features, width in ((blurred, world.low), (torch.cat(known, 1).float(), world.high)):
         features = features - features.mean(0)
         basis = torch.linalg.svd(features[:4000], full_matrices=False)
         scores = features @ basis.Vh[:width].T / (basis.S[:width] / math.sqrt(min(len(features), 4000))).sqrt()
@@ -302,17 +304,18 @@ def build_world(path: Path, world: World | None = None, seed: int = 0, rebuild: 
 # ----------------------------------------------------------------------------------------------------------------------
 @dataclass
 class Recipe:
-    """How long each model trains: its validation curve is flat by then (train_logs/*/curves.png). Flags for train.py."""
+    """Flags for train.py: each model trains until its validation curve is flat (train_logs/*/curves.png)."""
     sizes: str = "--hidden_dim=256 --prior_depth=3 --prior_dim_head=16 --teacher_views=1 --max_lr=1e-3"
-    pretrain: str = "--batch_size=70 --num_epochs=30 --ckpt_interval=10"
-    session: str = "--batch_size=24 --num_epochs=80 --ckpt_interval=10 --num_sessions=1 --val_sessions=1"
-    everything: str = "--batch_size=24 --num_epochs=6 --ckpt_interval=2 --num_sessions=19 --val_sessions=1"
+    pretrain: str = "--batch_size=70 --num_epochs=40 --ckpt_interval=10 --max_lr=2.5e-3"
+    session: str = "--batch_size=24 --num_epochs=60 --ckpt_interval=10 --num_sessions=1 --val_sessions=1"
+    everything: str = "--batch_size=24 --num_epochs=10 --ckpt_interval=2 --num_sessions=9 --val_sessions=1"
     draw: str = "--scheduler=dpm --steps=6 --guidance=1"  # as good as 38 Euler steps here: the toy decoder is certain
 
 
 SMOKE_RECIPE = Recipe(
     sizes="--hidden_dim=32 --prior_depth=1 --prior_dim_head=16 --teacher_views=1 --max_lr=1e-3",
-    pretrain="--batch_size=14 --num_epochs=1", session="--batch_size=8 --num_epochs=2 --num_sessions=1 --val_sessions=1",
+    pretrain="--batch_size=14 --num_epochs=1",
+    session="--batch_size=8 --num_epochs=2 --num_sessions=1 --val_sessions=1",
     everything="--batch_size=8 --num_epochs=2 --num_sessions=1 --val_sessions=1",
     draw="--scheduler=dpm --steps=2 --guidance=1 --prior_steps=5")
 METRICS = {"image_retrieval": "image retr.", "brain_retrieval": "brain retr.", "pixcorr": "PixCorr",
@@ -320,12 +323,12 @@ METRICS = {"image_retrieval": "image retr.", "brain_retrieval": "brain retr.", "
 
 
 def run_stage(stage, flags: str) -> dict:
-    """Run a stage's main() here (its imports take longer than it does), after printing the command that does the same."""
+    """Print the command, then run the stage's main() here: in a process of its own it would import for ten seconds."""
     print(f"\n$ python {stage.__name__}.py {flags}", flush=True)
     return stage.main(flags.split())
 
 
-def headline(path: Path, seed: int, logs: Path, evals: Path, recipe: Recipe) -> list[dict]:
+def headline(path: Path, seed: int, logs: Path, evals: Path, recipe: Recipe, rebuild: bool = False) -> list[dict]:
     """Pretrain, train three models of subject 1, draw and score what they read; one dict of numbers a model."""
     import evaluate
     import recon
@@ -342,13 +345,16 @@ def headline(path: Path, seed: int, logs: Path, evals: Path, recipe: Recipe) -> 
     }
     results = []
     for name, flags in models.items():
+        if rebuild:
+            shutil.rmtree(logs / name, ignore_errors=True)
         if not (logs / name / "samples.png").exists():  # the last file that a training writes
             run_stage(train, f"--model_name={name} {train_flags} {flags}")
         if name == pretrained:
             continue
         scores = evals / name / f"{name}_metrics.json"
         if not scores.exists():
-            run_stage(recon, f"--model_name={name} --tag=best {data_flags} --train_logs={logs} --evals={evals} {recipe.draw}")
+            run_stage(recon, f"--model_name={name} --tag=best {data_flags} --train_logs={logs} --evals={evals} "
+                             f"--seed={seed} {recipe.draw}")
             run_stage(evaluate, f"--model_name={name} {data_flags} --evals={evals}")
         results.append({"model": name.removeprefix("toy_").removesuffix(tag), "seed": seed,
                         **{key: json.loads(scores.read_text())[key] for key in METRICS}})
@@ -388,10 +394,10 @@ def save_headline(path: Path, evals: Path, file: Path, columns: int = 12) -> Non
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description="Build the toy world and run every stage of MindEye2 on it.",
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--data_path", help="folder of the world; none: toy, with --smoke toy-smoke (more seeds: toy_seed1 ..)")
+    p.add_argument("--data_path", help="folder of the world; none: toy (--smoke: toy-smoke); more seeds: toy_seed1 ..")
     p.add_argument("--seed", type=int, nargs="+", default=[0],
-                   help="decides scenes, brains, noise and initial weights; several seeds: a world and a table row each")
-    p.add_argument("--smoke", action="store_true", help="everything at its smallest, for tests; its numbers mean nothing")
+                   help="decides scenes, brains, noise and first weights; several: a world and rows each")
+    p.add_argument("--smoke", action="store_true", help="all at its smallest, for tests; its numbers say nothing")
     p.add_argument("--rebuild", action="store_true", help="start over: world, models and pictures")
     p.add_argument("--train_frozen", action="store_true", help="train the shipped networks anew, into toy_networks/")
     return p.parse_args(argv)
@@ -409,11 +415,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
     for seed in args.seed:
         path = base if seed == args.seed[0] else base.with_name(f"{base.name}_seed{seed}")
         logs, evals = (path / "train_logs", path / "evals") if args.smoke else (Path("train_logs"), path / "evals")
-        if args.rebuild:
-            for old in logs.glob("toy_*"):
-                shutil.rmtree(old)
         build_world(path, world, seed, args.rebuild)
-        results += headline(path, seed, logs, evals, recipe)
+        results += headline(path, seed, logs, evals, recipe, args.rebuild)
     (base / "results.json").write_text(json.dumps(results, indent=1))
     save_headline(base, base / "evals", base / "headline.png")
     print_table(results)

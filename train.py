@@ -19,15 +19,18 @@ The frozen targets (CLIP tokens, VAE latents, teacher features of each image) ar
 memory-mapped file: the loop holds no frozen network, which is most of our speed (original: 43% of each step).
 """
 import argparse
+import math
 import os
 from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib
+import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from accelerate.tracking import TensorBoardTracker, WandBTracker
+from accelerate.utils import set_seed
 from torchvision.transforms import v2
 from tqdm import tqdm
 
@@ -52,7 +55,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                    help="subject to train on; with --multi_subject the one LEFT OUT of pretraining")
     p.add_argument("--multisubject_ckpt", help="fine-tune from this pretrained run (folder or .pth)")
     p.add_argument("--num_sessions", type=int, default=1,
-                   help="sessions (hours) of --subj to train on, from the first; the paper: 1 or 40. Pretraining takes all")
+                   help="sessions (hours) of --subj to train on, from the first; the paper: 1 or 40; pretraining: all")
     p.add_argument("--use_prior", action=flag, default=True, help="train the diffusion prior (paper §2.2)")
     p.add_argument("--batch_size", type=int, default=16,
                    help="trials a step and process, over all subjects; the paper: 24 alone, 63 (released: 42) for 7")
@@ -85,7 +88,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--prior_dim_head", type=int, help="channels of an attention head (none: 52, as the paper's code)")
     p.add_argument("--tie_positions", action=flag, default=False,
                    help="start brain and image tokens from one position code: the prior learns sooner (model.py)")
-    p.add_argument("--teacher_views", type=int, default=2, help="cached recolourings of each image for the teacher")
+    p.add_argument("--teacher_views", type=int, default=2,
+                   help="cached recolourings of each image for the low-level teacher (the paper: a new one each step)")
     p.add_argument("--val_sessions", type=int, default=0,
                    help="sessions after the last training session to validate on and keep best.pth by; 0: none")
     p.add_argument("--train_logs", default="train_logs", help="folder of all runs")
@@ -133,10 +137,10 @@ def load_targets(args: argparse.Namespace, accelerator: Accelerator, sets: Simpl
     return SimpleNamespace(frozen=frozen, images=data.Images(args.data_path), **cached)
 
 
-def fetch(targets: SimpleNamespace, rows, device: torch.device, view: int, augment: bool) -> dict[str, torch.Tensor]:
+def fetch(targets: SimpleNamespace, rows: np.ndarray, device: torch.device, args: argparse.Namespace) -> dict:
     """Targets of the images in `rows`: clip (B, S, D), latents (B, 4, L, L), features and features_aug (B, F, 512)."""
     batch = {}
-    if augment:  # recoloured pictures have no cached targets
+    if args.use_image_aug:  # recoloured pictures have no cached targets
         images = v2.RandomApply([v2.ColorJitter(.4, .4, .4, .1)], .3)(targets.images[rows].to(device))
         batch["clip"] = targets.frozen["clip"].tokens(images)
         if "vae" in targets.frozen:
@@ -147,7 +151,8 @@ def fetch(targets: SimpleNamespace, rows, device: torch.device, view: int, augme
             batch["latents"] = targets.vae[rows].to(device).float()  # (B, 4, L, L)
     if "vae" in targets.frozen:
         features = targets.teacher[rows].to(device).float()  # (B, 1 + views, F, 512)
-        batch["features"], batch["features_aug"] = features[:, 0], features[:, 1 + view]
+        batch["features"] = features[:, 0]
+        batch["features_aug"] = features[:, int(torch.randint(1, features.shape[1], ()))]  # one cached recolouring
     return batch
 
 
@@ -215,16 +220,12 @@ def test(model: MindEye2, part: SimpleNamespace, targets: SimpleNamespace, devic
     ids, positions = data.repeats(part.trials)
     ids, positions = ids[:limit], positions[:limit]
     outputs = {"backbone": [], "clip_voxels": [], "blurry_latents": []}
-    used = torch.as_tensor([p for group in positions for p in group])
-    for rows in used.split(256):
+    for rows in torch.as_tensor(np.concatenate(positions)).split(256):
         out = model.embed(part.voxels[rows].to(device).float(), subject=0)
         for name, parts in outputs.items():
             if getattr(out, name) is not None:
                 parts.append(getattr(out, name).float().cpu())
-    groups, start = [], 0
-    for group in positions:
-        groups.append(list(range(start, start + len(group))))
-        start += len(group)
+    groups = np.split(np.arange(sum(map(len, positions))), np.cumsum([len(group) for group in positions])[:-1])
     mean = {name: data.average_repeats(torch.cat(parts), groups) for name, parts in outputs.items() if parts}
     clip_target = targets.clip[ids].float()
     brain, image = (F.normalize(x.flatten(1), dim=-1) for x in (mean["clip_voxels"], clip_target))
@@ -278,131 +279,153 @@ def save_pictures(folder: Path, history: dict, last: dict, targets: SimpleNamesp
 # ----------------------------------------------------------------------------------------------------------------------
 # The method, top to bottom
 # ----------------------------------------------------------------------------------------------------------------------
-def build_model(args: argparse.Namespace, num_voxels: list[int], targets: SimpleNamespace) -> MindEye2:
-    """Sizes come from the frozen networks and the flags; with --multisubject_ckpt all but the ridge from that run."""
+def check_args(args: argparse.Namespace) -> None:
+    if args.data_path is None:
+        args.data_path = "toy"
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            import toy  # the only place where a stage hears of the toy: no other dataset can be made from nothing
+            toy.build_world(Path("toy"))
+    args.cache_dir = args.cache_dir or args.data_path
+    if args.multi_subject and args.multisubject_ckpt:
+        raise UserError("--multisubject_ckpt starts a fine-tuning: use it with --no-multi_subject.")
+    for name in ("num_epochs", "batch_size", "num_sessions", "ckpt_interval", "teacher_views"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name}={getattr(args, name)} must be at least 1.")
+
+
+def choose_sizes(args: argparse.Namespace) -> tuple[dict, dict | None]:
+    """Constructor arguments that are a choice, and the pretrained state dict (or None), whose sizes then hold."""
     sizes = {"hidden_dim": 1024, "n_blocks": 4, "prior_depth": 6, "prior_dim_head": 52, "backbone": "released"}
-    if args.multisubject_ckpt:
-        pretrained = networks.load_checkpoint(args.multisubject_ckpt)
-        known = networks.config_from_state_dict(pretrained["model_state_dict"]) | pretrained.get("config", {})
-        sizes |= {name: known[name] for name in sizes if name in known}
-    sizes |= {name: getattr(args, name) for name in sizes if getattr(args, name) is not None}
+    given = {name: getattr(args, name) for name in sizes if getattr(args, name) is not None}
+    if not args.multisubject_ckpt:
+        return sizes | given, None
+    checkpoint = networks.load_checkpoint(args.multisubject_ckpt)
+    known = networks.config_from_state_dict(checkpoint["model_state_dict"]) | checkpoint.get("config", {})
+    sizes |= {name: known[name] for name in sizes if name in known}
+    for name, value in given.items():
+        if value != sizes[name]:
+            raise UserError(f"{args.multisubject_ckpt} was trained with --{name}={sizes[name]}, not {value}: leave "
+                            f"--{name} out, or pretrain with --{name}={value}.")
+    return sizes, checkpoint["model_state_dict"]
+
+
+def build_model(args: argparse.Namespace, sizes: dict, pretrained: dict | None, num_voxels: list[int],
+                targets: SimpleNamespace) -> MindEye2:
+    """The frozen networks set the sizes of the targets; `pretrained` gives all but the ridge its first weights."""
     latent_size = targets.vae[[0]].shape[-1] if args.blurry_recon else 28
     clip = targets.frozen["clip"]
     model = MindEye2(num_voxels, clip_seq_dim=clip.seq_dim, clip_emb_dim=clip.emb_dim, latent_size=latent_size,
                      blurry_recon=args.blurry_recon, use_prior=args.use_prior, **sizes)
     if args.tie_positions:
         model.tie_positions()
-    if args.multisubject_ckpt:
-        networks.load_pretrained(model, pretrained["model_state_dict"])
+    if pretrained:
+        networks.load_pretrained(model, pretrained)
     return model
 
 
-def check_args(args: argparse.Namespace) -> None:
-    if args.data_path is None:
-        import toy  # the only place a stage hears of the toy: there is no other dataset that it could fetch
-        args.data_path = "toy"
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            toy.build_world(Path("toy"))
-    args.cache_dir = args.cache_dir or args.data_path
-    if not Path(args.data_path).is_dir():
-        raise UserError(f"There is no folder {args.data_path}: name the dataset's with --data_path, or build the toy "
-                        "world with `python toy.py`.")
-    if args.multi_subject and args.multisubject_ckpt:
-        raise UserError("--multisubject_ckpt starts a fine-tuning: use it with --no-multi_subject.")
-    if args.num_epochs < 1 or args.batch_size < 1 or args.num_sessions < 1:
-        raise UserError("--num_epochs, --batch_size and --num_sessions must be at least 1.")
+def step_losses(args: argparse.Namespace, accelerator: Accelerator, model, voxels: list[torch.Tensor], batch: dict,
+                mixing: bool, temp: float) -> dict[str, torch.Tensor]:
+    """One batch through the model -> its weighted losses; their sum is what gets minimised (paper eq. 1)."""
+    voxels, mix = mix_subjects(voxels) if mixing else (voxels, None)
+    with accelerator.autocast():
+        out = model(voxels, batch["clip"] if args.use_prior else None)
+    losses = {"clip": args.clip_scale * contrast(out["clip_voxels"], batch["clip"], mix, temp)}
+    if args.use_prior:  # mixed voxels, unmixed target, as in the original
+        losses["prior"] = args.prior_scale * out["loss_prior"]
+    if args.blurry_recon:
+        losses["lowlevel"] = args.blur_scale * low_level(out, batch, mix)
+    return losses
 
 
-def main(argv: list[str] | None = None) -> dict:
-    """Train and return the last test's scores."""
+def report(args: argparse.Namespace, accelerator: Accelerator, model, optimizer, scheduler, sets: SimpleNamespace,
+           targets: SimpleNamespace, progress: SimpleNamespace, epoch: int, step: int) -> None:
+    """Test, log, and write checkpoints: last.pth always, best.pth when validation retrieval is the best so far."""
+    logs = {"train/loss": torch.stack(progress.losses[-progress.steps:]).mean().item(),
+            "train/lr": scheduler.get_last_lr()[0]}
+    logs |= {f"train/{name}": value.item() for name, value in progress.parts.items()}
+    if not math.isfinite(logs["train/loss"]):
+        raise UserError(f"The loss became {logs['train/loss']} in epoch {epoch}: lower --max_lr (now {args.max_lr}). "
+                        "The checkpoint before it is kept.")
+    if accelerator.is_main_process:
+        bare, folder = accelerator.unwrap_model(model), Path(args.train_logs) / args.model_name
+        progress.last = test(bare, sets.test, targets, accelerator.device)
+        logs |= {f"test/{name}": value for name, value in progress.last.items() if isinstance(value, float)}
+        state = dict(epoch=epoch, config={"backbone": bare.backbone.kind}, flags=vars(args))
+        if sets.val is not None:
+            scores = test(bare, sets.val, targets, accelerator.device)
+            logs |= {f"val/{name}": value for name, value in scores.items() if isinstance(value, float)}
+            if scores["reciprocal_rank"] > progress.best:
+                progress.best = scores["reciprocal_rank"]
+                if args.ckpt_saving:
+                    networks.save_checkpoint(folder / "best.pth", bare, **state)
+        for name, value in logs.items():
+            progress.history.setdefault(name, []).append((step, value))
+        if args.ckpt_saving:
+            tested = [value for _, value in progress.history.get("test/loss_prior", [])]
+            networks.save_checkpoint(
+                folder / "last.pth", bare, optimizer_state_dict=optimizer.state_dict(),
+                lr_scheduler=scheduler.state_dict(), train_losses=torch.stack(progress.losses).tolist(),
+                test_losses=tested, lrs=[value for _, value in progress.history["train/lr"]], **state)
+        progress.bar.set_postfix(loss=f"{logs['train/loss']:.2f}", retrieval=f"{progress.last['image_retrieval']:.2f}")
+    accelerator.log(logs, step=step)
+    accelerator.wait_for_everyone()
+
+
+def main(argv: list[str] | None = None) -> dict[str, list[tuple[int, float]]]:
+    """Train; return what was logged: name -> [(step, value), ..]."""
     args = parse_args(argv)
     check_args(args)
+    sizes, pretrained = choose_sizes(args)
+    trackers = [TensorBoardTracker(args.model_name, args.train_logs)]
+    if args.wandb_log:
+        trackers.append(WandBTracker(args.wandb_project, name=args.model_name, config=vars(args)))
     half = "bf16" if torch.cuda.is_available() else "no"
-    accelerator = Accelerator(mixed_precision=os.environ.get("ACCELERATE_MIXED_PRECISION", half),
-                              log_with=["tensorboard"] + ["wandb"] * args.wandb_log, project_dir=args.train_logs,
-                              kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
+    accelerator = Accelerator(mixed_precision=os.environ.get("ACCELERATE_MIXED_PRECISION", half), log_with=trackers,
+                              project_dir=args.train_logs)
+    rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    accelerator.wait_for_everyone()  # the first process may have built the toy world
     set_seed(args.seed)
-    device, world = accelerator.device, accelerator.num_processes
-    accelerator.wait_for_everyone()
 
     sets = load_data(args)
     targets = load_targets(args, accelerator, sets)
-    model = build_model(args, [part.voxels.shape[1] for part in sets.train], targets)
-    if not args.use_image_aug:
-        targets.frozen["clip"] = None  # only the VAE stays, for the pictures at the end
+    model = build_model(args, sizes, pretrained, [part.voxels.shape[1] for part in sets.train], targets)
     optimizer = torch.optim.AdamW(networks.parameter_groups(model), lr=args.max_lr)
     model, optimizer = accelerator.prepare(model, optimizer)
-    bare = accelerator.unwrap_model(model)
+    if not args.use_image_aug:
+        targets.frozen["clip"] = targets.frozen["teacher"] = None  # all that the loop needs is on disk
 
-    share = max(1, args.batch_size // len(sets.train))  # trials a subject: 42 = 6 x 7
     trials = [part.trials for part in sets.train]
+    share = max(1, args.batch_size // len(trials))  # trials a subject: 42 = 7 x 6
     steps = data.steps_per_epoch(trials, share * len(trials), world)
     scheduler = lr_schedule(optimizer, args.lr_scheduler_type, args.max_lr, args.num_epochs, steps)
     mixco_epochs = int(args.mixup_pct * args.num_epochs)
-    temps = networks.cosine_anneal(.004, .0075, args.num_epochs - mixco_epochs)
+    temps = [0.] * mixco_epochs + networks.cosine_anneal(.004, .0075, args.num_epochs - mixco_epochs).tolist()
     set_seed(args.seed, device_specific=True)  # from here on each process draws its own noise
 
-    folder = Path(args.train_logs) / args.model_name
-    accelerator.init_trackers(args.model_name, {k: v for k, v in vars(args).items() if v is not None})
-    history, best, last, losses = {}, -1., {}, []
+    accelerator.init_trackers(args.model_name)
     bar = tqdm(total=args.num_epochs * steps, desc=args.model_name, disable=not accelerator.is_main_process)
+    progress = SimpleNamespace(history={}, losses=[], parts={}, steps=steps, best=-1., last={}, bar=bar)
     for epoch in range(args.num_epochs):
-        mixing = epoch < mixco_epochs
-        for positions in data.epoch_batches(trials, share, steps, args.seed, epoch, accelerator.process_index, world):
-            voxels = [part.voxels[rows].to(device).float() for part, rows in zip(sets.train, positions, strict=True)]
-            rows = [int(row) for t, p in zip(trials, positions, strict=True) for row in t.image[p]]
-            view = int(torch.randint(args.teacher_views, ())) if args.teacher_views else -1
-            batch = fetch(targets, rows, device, view, args.use_image_aug)
+        for chosen in data.epoch_batches(trials, share, steps, args.seed, epoch, rank, world):
+            voxels = [part.voxels[picked].to(device).float() for part, picked in zip(sets.train, chosen, strict=True)]
+            rows = np.concatenate([t.image[picked] for t, picked in zip(trials, chosen, strict=True)])  # (B,)
+            batch = fetch(targets, rows, device, args)
 
-            voxels, mix = mix_subjects(voxels) if mixing else (voxels, None)
-            with accelerator.autocast():
-                out = model(voxels, batch["clip"] if args.use_prior else None)
-            parts = {"clip": args.clip_scale * contrast(
-                out["clip_voxels"], batch["clip"], mix, None if mixing else temps[epoch - mixco_epochs])}
-            if args.use_prior:
-                parts["prior"] = args.prior_scale * out["loss_prior"]
-            if args.blurry_recon:
-                parts["lowlevel"] = args.blur_scale * low_level(out, batch, mix)
-            loss = sum(parts.values())
-
+            progress.parts = step_losses(args, accelerator, model, voxels, batch, epoch < mixco_epochs, temps[epoch])
+            loss = sum(progress.parts.values())
             accelerator.backward(loss)
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
+            progress.losses.append(loss.detach())
             bar.update()
-            losses.append(loss.detach())
-
         if epoch % args.ckpt_interval == 0 or epoch == args.num_epochs - 1:
-            logs = {"train/loss": torch.stack(losses[-steps:]).mean().item(), "train/lr": scheduler.get_last_lr()[0]}
-            logs |= {f"train/{name}": value.item() for name, value in parts.items()}
-            if not torch.isfinite(torch.tensor(logs["train/loss"])):
-                raise UserError(f"The loss became {logs['train/loss']} in epoch {epoch}: lower --max_lr (now "
-                                f"{args.max_lr}); the last checkpoint is kept.")
-            if accelerator.is_main_process:
-                last = test(bare, sets.test, targets, device)
-                logs |= {f"test/{name}": value for name, value in last.items() if isinstance(value, float)}
-                state = dict(epoch=epoch, config={"backbone": bare.backbone.kind}, lr_scheduler=scheduler.state_dict())
-                if sets.val is not None:
-                    scores = test(bare, sets.val, targets, device)
-                    logs |= {f"val/{name}": value for name, value in scores.items() if isinstance(value, float)}
-                    if scores["reciprocal_rank"] > best:
-                        best = scores["reciprocal_rank"]
-                        if args.ckpt_saving:
-                            networks.save_checkpoint(folder / "best.pth", bare, **state)
-                if args.ckpt_saving:
-                    networks.save_checkpoint(folder / "last.pth", bare, optimizer_state_dict=optimizer.state_dict(),
-                                             train_losses=[float(x) for x in losses], test_losses=[], lrs=[], **state)
-                for name, value in logs.items():
-                    history.setdefault(name, []).append(((epoch + 1) * steps, value))
-                bar.set_postfix(loss=f"{logs['train/loss']:.2f}", retrieval=f"{last['image_retrieval']:.2f}")
-            accelerator.log(logs, step=(epoch + 1) * steps)
-            accelerator.wait_for_everyone()
+            report(args, accelerator, model, optimizer, scheduler, sets, targets, progress, epoch, (epoch + 1) * steps)
     bar.close()
     if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_pictures(folder, history, last, targets)
+        save_pictures(Path(args.train_logs) / args.model_name, progress.history, progress.last, targets)
     accelerator.end_training()
-    return {name: value for name, value in last.items() if isinstance(value, float)} | {"history": history}
+    return progress.history
 
 
 if __name__ == "__main__":

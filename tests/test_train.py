@@ -1,0 +1,301 @@
+"""train.py on the smallest toy world: it learns, repeats itself, fine-tunes, mixes right, and explains mistakes.
+
+    python -m pytest tests/test_train.py
+"""
+
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from golden_weights import golden
+
+import data
+import model as networks
+import train
+from model import UserError
+
+ROOT = Path(__file__).parents[1]
+SMALL = "--hidden_dim=32 --prior_depth=1 --prior_dim_head=16".split()
+FAST = "--teacher_views=1 --batch_size=8 --num_epochs=3".split()
+
+
+def arguments(world, folder, *flags) -> list[str]:
+    return [f"--data_path={world}", f"--train_logs={folder / 'train_logs'}", *FAST, *map(str, flags)]
+
+
+def run(world, folder, *flags) -> dict:
+    return train.main(arguments(world, folder, *flags))
+
+
+def weights(folder, name, tag="last") -> dict:
+    return networks.load_checkpoint(folder / "train_logs" / name / f"{tag}.pth")["model_state_dict"]
+
+
+@pytest.fixture(scope="module")
+def pretrained(smoke_world, tmp_path_factory) -> Path:
+    """A folder with train_logs/pretrained: everybody but subject 1, one pass of 14 trials a step."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    run(smoke_world, folder, "--model_name=pretrained", "--multi_subject", "--batch_size=14", *SMALL)
+    return folder
+
+
+# ---- training
+
+def test_it_learns_and_writes_the_official_files(smoke_world, tmp_path):
+    scores = run(smoke_world, tmp_path, "--model_name=a", "--num_epochs=40", "--max_lr=3e-3", "--mixup_pct=0",
+                 "--val_sessions=1", *SMALL)
+    history = scores["history"]
+    for name, most in {"train/loss": .6, "train/prior": .6, "train/lowlevel": .9}.items():
+        assert history[name][-1][1] < most * history[name][0][1], name
+    folder = tmp_path / "train_logs" / "a"
+    assert {"last.pth", "best.pth", "curves.png", "samples.png"} <= {path.name for path in folder.iterdir()}
+    assert any("tfevents" in path.name for path in folder.iterdir())
+    checkpoint = networks.load_checkpoint(folder)
+    assert set(checkpoint) >= {"epoch", "model_state_dict", "optimizer_state_dict", "lr_scheduler", "train_losses",
+                               "test_losses", "lrs"}
+    assert checkpoint["epoch"] == 39
+    config = networks.config_from_state_dict(checkpoint["model_state_dict"])
+    assert (config["hidden_dim"], config["prior_depth"], config["num_voxels"]) == (32, 1, [60])
+    networks.MindEye2(**config).load_state_dict(checkpoint["model_state_dict"])  # strict
+    assert all(torch.isfinite(value).all() for value in checkpoint["model_state_dict"].values())
+
+
+def test_one_seed_one_model(smoke_world, tmp_path):
+    for name, seed in {"a": 1, "b": 1, "c": 2}.items():
+        run(smoke_world, tmp_path, f"--model_name={name}", f"--seed={seed}", *SMALL)
+    a, b, c = (weights(tmp_path, name) for name in "abc")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert not torch.equal(a["backbone.backbone_linear.weight"], c["backbone.backbone_linear.weight"])
+
+
+def test_targets_are_encoded_once(smoke_world, tmp_path, monkeypatch):
+    run(smoke_world, tmp_path, "--model_name=a", *SMALL)
+    encoded, tokens = [], networks.FrozenCLIP.tokens
+
+    def counted(self, images):
+        encoded.append(len(images))
+        return tokens(self, images)
+
+    monkeypatch.setattr(networks.FrozenCLIP, "tokens", counted)
+    run(smoke_world, tmp_path, "--model_name=b", *SMALL)
+    assert sum(encoded) <= 1  # one image, to learn the shape of the targets
+    run(smoke_world, tmp_path, "--model_name=c", "--use_image_aug", *SMALL)
+    assert sum(encoded) > 8  # recoloured images have no cached targets
+
+
+def test_without_prior_and_blurry_head(smoke_world, tmp_path):
+    scores = run(smoke_world, tmp_path, "--model_name=a", "--no-use_prior", "--no-blurry_recon", "--backbone=mlp",
+                 *SMALL)
+    assert "loss_prior" not in scores and 0 <= scores["image_retrieval"] <= 1
+    checkpoint = networks.load_checkpoint(tmp_path / "train_logs" / "a")
+    assert checkpoint["config"] == {"backbone": "mlp"}
+    assert not any(key.startswith(("diffusion_prior", "backbone.blin1")) for key in checkpoint["model_state_dict"])
+
+
+# ---- fine-tuning
+
+def built(world, folder, *flags):
+    """The model that train.py starts from."""
+    args = train.parse_args(arguments(world, folder, *flags))
+    train.check_args(args)
+    sets = train.load_data(args)
+    targets = train.load_targets(args, Accelerator(), sets)
+    return train.build_model(args, [part.voxels.shape[1] for part in sets.train], targets)
+
+
+def test_fine_tuning_starts_from_the_pretrained_backbone_and_prior(smoke_world, pretrained):
+    before = weights(pretrained, "pretrained")
+    assert sum(key.startswith("ridge.linears") and key.endswith("weight") for key in before) == 7
+    model = built(smoke_world, pretrained, f"--multisubject_ckpt={pretrained / 'train_logs/pretrained'}")
+    own = model.state_dict()
+    shared = [key for key in own if not key.startswith("ridge.")]
+    assert shared and all(torch.equal(own[key], before[key]) for key in shared)
+    assert own["ridge.linears.0.weight"].shape == (32, 60)  # subject 1's own 60 voxels, fresh weights
+    assert not torch.equal(own["ridge.linears.0.bias"], before["ridge.linears.0.bias"])  # the original took it over
+
+
+def test_fine_tuning_takes_the_sizes_of_the_pretrained_model(smoke_world, pretrained):
+    run(smoke_world, pretrained, "--model_name=tuned", f"--multisubject_ckpt={pretrained / 'train_logs/pretrained'}")
+    config = networks.config_from_state_dict(weights(pretrained, "tuned"))
+    assert (config["hidden_dim"], config["prior_depth"], config["prior_dim_head"]) == (32, 1, 16)
+
+
+# ---- one step
+
+def test_partners_stay_within_their_subject():
+    torch.manual_seed(0)
+    voxels = [torch.randn(5, 7), torch.randn(4, 3), torch.randn(6, 9)]
+    mixed, mix = train.mix_subjects(voxels)
+    assert len(mix.perm) == len(mix.betas) == len(mix.select) == 15
+    start = 0
+    for x, out in zip(voxels, mixed, strict=True):
+        own = slice(start, start + len(x))
+        assert sorted(mix.perm[own].tolist()) == list(range(start, start + len(x)))  # the original: always from 0
+        share = mix.betas[own, None]
+        torch.testing.assert_close(out, share * x + (1 - share) * x[mix.perm[own] - start])
+        start += len(x)
+    assert mix.select.any() and (mix.betas[~mix.select] == 1).all()
+
+
+TWO = SimpleNamespace(perm=torch.tensor([1, 0]), betas=torch.tensor([.75, 1.]), select=torch.tensor([True, True]))
+
+
+def test_contrast_by_hand():
+    tokens = torch.eye(2).reshape(2, 1, 2)  # two samples, one token: each brain equals its own image exactly
+    # Wrong by 1 / .006 for the quarter that belongs to the partner; once in each direction, mean of two samples.
+    assert train.contrast(tokens, tokens, TWO, None).item() == pytest.approx(.25 / .006 / 2, rel=1e-5)
+    p = 1 / (1 + math.exp(-10))  # SoftCLIP at temperature .1: the entropy of softmax([10, 0])
+    entropy = -p * math.log(p) - (1 - p) * math.log(1 - p)
+    assert train.contrast(tokens, tokens, None, .1).item() == pytest.approx(entropy, rel=1e-3)
+    assert train.contrast(5 * tokens, tokens, None, .1).item() == pytest.approx(entropy, rel=1e-3)  # length is ignored
+
+
+def test_a_mixed_brain_should_show_mixed_latents():
+    latents = torch.tensor([1., 3.]).reshape(2, 1, 1, 1).expand(2, 4, 8, 8)
+    features = torch.eye(2).reshape(2, 1, 2)
+    batch = {"latents": latents, "features": features, "features_aug": features}
+    out = {"blurry_latents": torch.zeros(2, 4, 8, 8), "blurry_features": features}
+    p = 1 / (1 + math.exp(-5))
+    entropy = .1 * (-p * math.log(p) - (1 - p) * math.log(1 - p))
+    assert train.low_level(out, batch, None).item() == pytest.approx((1 + 3) / 2 + entropy, rel=1e-4)
+    assert train.low_level(out, batch, TWO).item() == pytest.approx((.75 + .75 + 3) / 2 + entropy, rel=1e-4)
+
+
+@pytest.mark.parametrize("epochs, steps", [(40, 20), (150, 12)])
+def test_learning_rates_are_the_originals(epochs, steps):
+    g = golden("schedules")
+    for kind, values in {"cycle": ("onecycle", ("lr", "beta1")), "linear": ("linear", ("lr",))}.items():
+        optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=3e-4)
+        scheduler = train.lr_schedule(optimizer, kind, 3e-4, epochs, steps)
+        seen = {"lr": [], "beta1": []}
+        for _ in range(epochs * steps):
+            seen["lr"].append(optimizer.param_groups[0]["lr"])
+            seen["beta1"].append(optimizer.param_groups[0]["betas"][0])
+            optimizer.step()
+            scheduler.step()
+        for value in values[1]:
+            expected = g[f"{values[0]}_{epochs}x{steps}_{value}"].double().numpy()
+            np.testing.assert_allclose(seen[value], expected, rtol=1e-4, err_msg=f"{kind} {value}")
+
+
+@pytest.mark.parametrize("epochs, steps", [(1, 1), (1, 2), (2, 1), (3, 1), (150, 1)])
+def test_the_shortest_runs_have_learning_rates(epochs, steps):
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=3e-4)
+    scheduler = train.lr_schedule(optimizer, "cycle", 3e-4, epochs, steps)
+    for _ in range(epochs * steps):
+        assert 0 < optimizer.param_groups[0]["lr"] <= 3.01e-4
+        optimizer.step()
+        scheduler.step()
+
+
+def test_retrieval_is_named_for_what_is_searched():
+    """Brains at 25 and 40 degrees, their images at 0 and 40: the first brain is nearer to the second image."""
+
+    def angles(*degrees):
+        return torch.tensor([[math.cos(math.radians(d)), math.sin(math.radians(d))] for d in degrees])
+
+    model = SimpleNamespace(eval=lambda: None, train=lambda: None, diffusion_prior=None)
+    model.embed = lambda voxels, subject: SimpleNamespace(
+        backbone=voxels[:, None], clip_voxels=voxels[:, None], blurry_latents=None)  # (B, 1, 2)
+    trials = data.Trials(1, np.array([7, 3]), np.arange(2), np.ones(2, int))  # file order: image 7, then image 3
+    part = SimpleNamespace(trials=trials, voxels=angles(40, 25).half())
+    tokens = torch.zeros(8, 1, 2)
+    tokens[[3, 7], 0] = angles(0, 40)
+    scores = train.test(model, part, SimpleNamespace(clip=tokens), "cpu")
+    assert scores["image_retrieval"] == .5 and scores["brain_retrieval"] == 1
+    assert scores["reciprocal_rank"] == pytest.approx((1 / 2 + 1) / 2)
+
+
+# ---- mistakes: one sentence that names the file and the flag, and no run folder
+
+def without_betas(world):
+    data.h5_path(world, "betas", 1).unlink()
+    return "betas_all_subj01_fp32_renorm.hdf5", "--data_path"
+
+
+def without_tars(world):
+    shutil.rmtree(world / "wds" / "subj01")
+    return "subj01", "--data_path"
+
+
+def cut_tar(world):
+    tar = data.session_tar(world, 1, "train", 0)
+    tar.write_bytes(tar.read_bytes()[: tar.stat().st_size // 3])
+    return str(tar), "--data_path"
+
+
+def nan_betas(world):
+    trials = data.load_trials(world, 1, "train", [0])
+    with h5py.File(data.h5_path(world, "betas", 1), "r+") as file:
+        file["betas"][trials.beta[0], 5] = np.nan
+    return "betas_all_subj01_fp32_renorm.hdf5", f"row {trials.beta[0]}", "--data_path"
+
+
+def without_clip(world):
+    (world / "clip").unlink()
+    (world / "clip").mkdir()
+    return str(world / "clip"), "--cache_dir"
+
+
+@pytest.mark.parametrize("damage", [without_betas, without_tars, cut_tar, nan_betas, without_clip])
+def test_damaged_files(world_copy, tmp_path, damage):
+    words = damage(world_copy)
+    with pytest.raises(UserError) as error:
+        run(world_copy, tmp_path, "--model_name=a", *SMALL)
+    assert all(word in str(error.value) for word in words), error.value
+    assert not (tmp_path / "train_logs").exists()
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--data_path=nowhere"], ["nowhere", "--data_path"]),
+    (["--num_sessions=9"], ["--num_sessions", "2"]),
+    (["--num_epochs=0"], ["--num_epochs"]),
+    (["--multi_subject", "--multisubject_ckpt={}"], ["--multisubject_ckpt", "--no-multi_subject"]),
+    (["--multisubject_ckpt={}", "--hidden_dim=48"], ["hidden_dim 32", "48", "--hidden_dim"]),
+    (["--multisubject_ckpt=nowhere/x"], ["nowhere/x", "--multisubject_ckpt"]),
+])  # fmt: skip
+def test_wrong_flags(smoke_world, pretrained, tmp_path, flags, words):
+    flags = [flag.format(pretrained / "train_logs/pretrained") for flag in flags]
+    with pytest.raises(UserError) as error:
+        run(smoke_world, tmp_path, "--model_name=a", *flags)
+    assert all(word in str(error.value) for word in words), error.value
+    assert not (tmp_path / "train_logs").exists()
+
+
+# ---- as a user starts it
+
+def launch(folder, *command) -> subprocess.CompletedProcess:
+    environment = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *map(str, command)], cwd=folder, env=environment, capture_output=True,
+                          text=True, timeout=300)
+
+
+def test_exit_code(tmp_path):
+    done = launch(tmp_path, ROOT / "train.py", "--data_path=nowhere")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: There is no folder nowhere")
+    assert not any(tmp_path.iterdir())
+
+
+def test_accelerate_launch(smoke_world, tmp_path):
+    done = launch(tmp_path, "-m", "accelerate.commands.launch", "--config_file", ROOT / "configs/cpu.yaml",
+                  ROOT / "train.py", f"--data_path={smoke_world}", "--model_name=a", *FAST, *SMALL)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert weights(tmp_path, "a")
+
+
+def test_two_processes(smoke_world, tmp_path):
+    done = launch(tmp_path, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py",
+                  f"--data_path={smoke_world}", "--model_name=a", "--multi_subject", *FAST, *SMALL, "--batch_size=7",
+                  "--num_epochs=2")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert not any(key.startswith("module.") for key in weights(tmp_path, "a"))
