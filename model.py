@@ -706,16 +706,16 @@ def _torch_load(path: Path, flag: str) -> dict:
             return torch.load(path, weights_only=False, pickle_module=_TensorsOnly, **options)
 
 
-def load_checkpoint(path: str | Path) -> dict:
+def load_checkpoint(path: str | Path, flag: str = "--model_name") -> dict:
     """Read a checkpoint: a `last.pth` file or the folder train_logs/NAME that holds it; half tensors become float32.
 
-    Raises UserError when it is missing, truncated, or no checkpoint.
+    Raises UserError, which names `flag`, when it is missing, truncated, or no checkpoint.
     """
     path = Path(path)
     path = path / "last.pth" if path.is_dir() or not path.suffix else path
-    checkpoint = _torch_load(path, "--model_name")
+    checkpoint = _torch_load(path, flag)
     if not isinstance(checkpoint, dict) or "model_state_dict" not in checkpoint:
-        raise UserError(f"{path} is not a checkpoint (it has no model_state_dict): name another with --model_name.")
+        raise UserError(f"{path} is not a checkpoint (it has no model_state_dict): name another with {flag}.")
     state = checkpoint["model_state_dict"]
     checkpoint["model_state_dict"] = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
     return checkpoint

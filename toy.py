@@ -143,7 +143,7 @@ class World:
     shared: int = 300  # images seen by all, three times each: the test set
     voxels: tuple = (1572, 1427, 1522, 1315, 1303, 1790, 1268, 1438)  # a tenth of NSD's
     noise: float = 1.6  # standard deviation of a trial's noise; the signal's is 1
-    low: int = 24  # dimensions of the code of the early areas
+    low: int = 12  # dimensions of the code of the early areas
     high: int = 24  # and of the higher areas
 
 
@@ -205,11 +205,13 @@ def brain(codes: tuple, rows: np.ndarray, world: World, subject: int, seed: int)
 
 
 def behaviour(world: World, subject: int, own: np.ndarray, seed: int) -> np.ndarray:
-    """The subject's experiment, one row a trial (n, 17): each image up to three times, in random order."""
+    """The subject's experiment, one row a trial (n, 17): each image up to three times, within some two sessions."""
     rng = np.random.default_rng([seed, subject])
     total = max(world.sessions) * world.trials  # the whole plan; some people came to fewer sessions
-    times = np.concatenate([np.repeat(np.arange(world.shared), 3), own])[:total]
-    images = rng.permutation(times)[: world.sessions[subject - 1] * world.trials]
+    images = np.concatenate([np.repeat(np.arange(world.shared), 3), own])[:total]
+    first = rng.random(images.max() + 1)[images]  # when an image comes for the first time; soon after, it comes again
+    again = rng.exponential(1 / max(world.sessions), total)
+    images = images[np.argsort(first + again)][: world.sessions[subject - 1] * world.trials]
     n = len(images)
     table = np.full((n, len(data.BEHAV_COLUMNS)), -1.0)
     session, trial = np.divmod(np.arange(n), world.trials)
@@ -236,7 +238,7 @@ def copy_networks(path: Path) -> None:
     """The shipped frozen networks -> `path`, each file checked against SHA256SUMS."""
     for line in (NETWORKS / "SHA256SUMS").read_text().splitlines():
         digest, name = line.split("  ")
-        if hashlib.sha256((NETWORKS / name).read_bytes()).hexdigest() != digest:
+        if not (NETWORKS / name).is_file() or hashlib.sha256((NETWORKS / name).read_bytes()).hexdigest() != digest:
             raise UserError(f"{NETWORKS / name} is not the file that was shipped: restore it with `git checkout "
                             "toy_networks`, or train all anew with `python toy.py --train_frozen`.")
         (path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -271,7 +273,11 @@ def build_world(path: Path, world: World | None = None, seed: int = 0, rebuild: 
     building = path.with_name(path.name + ".building")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
-    copy_networks(building)
+    try:
+        copy_networks(building)
+    except UserError:
+        shutil.rmtree(building)
+        raise
 
     # Image 0.. are the shared ones; then each subject's own, seen one to three times in turn.
     own_trials = max(world.sessions) * world.trials - 3 * world.shared
@@ -306,7 +312,7 @@ def build_world(path: Path, world: World | None = None, seed: int = 0, rebuild: 
 class Recipe:
     """Flags for train.py: each model trains until its validation curve is flat (train_logs/*/curves.png)."""
     sizes: str = "--hidden_dim=256 --prior_depth=3 --prior_dim_head=16 --teacher_views=1 --max_lr=1e-3"
-    pretrain: str = "--batch_size=70 --num_epochs=40 --ckpt_interval=10 --max_lr=2.5e-3"
+    pretrain: str = "--batch_size=70 --num_epochs=50 --ckpt_interval=10 --max_lr=2.5e-3"
     session: str = "--batch_size=24 --num_epochs=60 --ckpt_interval=10 --num_sessions=1 --val_sessions=1"
     everything: str = "--batch_size=24 --num_epochs=10 --ckpt_interval=2 --num_sessions=9 --val_sessions=1"
     draw: str = "--scheduler=dpm --steps=6 --guidance=1"  # as good as 38 Euler steps here: the toy decoder is certain
@@ -328,12 +334,16 @@ def run_stage(stage, flags: str) -> dict:
     return stage.main(flags.split())
 
 
+def seed_tag(seed: int) -> str:
+    return f"_seed{seed}" if seed else ""
+
+
 def headline(path: Path, seed: int, logs: Path, evals: Path, recipe: Recipe, rebuild: bool = False) -> list[dict]:
     """Pretrain, train three models of subject 1, draw and score what they read; one dict of numbers a model."""
     import evaluate
     import recon
     import train
-    tag = "" if seed == 0 else f"_seed{seed}"
+    tag = seed_tag(seed)
     pretrained = f"toy_pretrained{tag}"
     data_flags = f"--data_path={path} --subj=1"
     train_flags = f"{data_flags} --train_logs={logs} --seed={seed} {recipe.sizes}"
@@ -368,12 +378,14 @@ def print_table(results: list[dict]) -> None:
         print(f"{row['model']:<22}{row['seed']:>5}" + "".join(f"{row[key]:>16.3f}" for key in METRICS))
 
 
-def save_headline(path: Path, evals: Path, file: Path, columns: int = 12) -> None:
-    """One picture: seen, blurry, and what the three models of seed 0 read, for the first test images."""
+def save_headline(path: Path, evals: Path, tag: str, columns: int = 12) -> None:
+    """headline.png: seen, blurry, and what the three models read, for the first test images."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    load = lambda name, kind: torch.load(evals / name / f"{name}_all_{kind}.pt", weights_only=True)  # noqa: E731
+    def load(name: str, kind: str) -> torch.Tensor:
+        return torch.load(evals / (name + tag) / f"{name}{tag}_all_{kind}.pt", weights_only=True)
+
     rows = {"seen": torch.load(path / "evals/all_images.pt", weights_only=True),
             "blurry\n(pretrained,\n1 session)": load("toy_1session_pretrained", "blurryrecons"),
             "scratch,\n1 session": load("toy_1session_scratch", "recons"),
@@ -387,7 +399,7 @@ def save_headline(path: Path, evals: Path, file: Path, columns: int = 12) -> Non
             axis.imshow(picture.permute(1, 2, 0).numpy())
             axis.axis("off")
     figure.subplots_adjust(left=1.2 / (columns + 1.2), right=.995, top=.995, bottom=.005, wspace=.04, hspace=.04)
-    figure.savefig(file, dpi=100)
+    figure.savefig(path / "headline.png", dpi=100)
     plt.close(figure)
 
 
@@ -413,15 +425,16 @@ def main(argv: list[str] | None = None) -> list[dict]:
     world, recipe = (SMOKE, SMOKE_RECIPE) if args.smoke else (World(), Recipe())
     results = []
     for seed in args.seed:
-        path = base if seed == args.seed[0] else base.with_name(f"{base.name}_seed{seed}")
+        path = base.with_name(base.name + seed_tag(seed))
         logs, evals = (path / "train_logs", path / "evals") if args.smoke else (Path("train_logs"), path / "evals")
         build_world(path, world, seed, args.rebuild)
         results += headline(path, seed, logs, evals, recipe, args.rebuild)
-    (base / "results.json").write_text(json.dumps(results, indent=1))
-    save_headline(base, base / "evals", base / "headline.png")
+        save_headline(path, evals, seed_tag(seed))
+    first = base.with_name(base.name + seed_tag(args.seed[0]))
+    (first / "results.json").write_text(json.dumps(results, indent=1))
     print_table(results)
-    print(f"\n{(time.time() - start) / 60:.1f} minutes. The table: {base / 'results.json'}, the picture: "
-          f"{base / 'headline.png'}, curves: train_logs/*/curves.png")
+    print(f"\n{(time.time() - start) / 60:.1f} minutes. The table: {first / 'results.json'}, the picture: "
+          f"{first / 'headline.png'}, curves: {logs}/*/curves.png")
     return results
 
 

@@ -201,8 +201,8 @@ def low_level(out: dict, batch: dict, mix: SimpleNamespace | None) -> torch.Tens
 def lr_schedule(optimizer, kind: str, max_lr: float, epochs: int, steps: int):
     """OneCycle: 2 epochs up from max_lr / 25, cosine down to max_lr / 25000; AdamW's beta1 goes .95 -> .85 -> .95."""
     if kind == "linear":
-        return torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=max(1, epochs * steps - 1))
-    return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr, total_steps=epochs * steps,
+        return torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=epochs * steps)
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr, total_steps=max(3, epochs * steps),
                                                pct_start=min(.5, 2 / epochs), final_div_factor=1000)
 
 
@@ -299,7 +299,7 @@ def choose_sizes(args: argparse.Namespace) -> tuple[dict, dict | None]:
     given = {name: getattr(args, name) for name in sizes if getattr(args, name) is not None}
     if not args.multisubject_ckpt:
         return sizes | given, None
-    checkpoint = networks.load_checkpoint(args.multisubject_ckpt)
+    checkpoint = networks.load_checkpoint(args.multisubject_ckpt, flag="--multisubject_ckpt")
     known = networks.config_from_state_dict(checkpoint["model_state_dict"]) | checkpoint.get("config", {})
     sizes |= {name: known[name] for name in sizes if name in known}
     for name, value in given.items():
@@ -390,6 +390,8 @@ def main(argv: list[str] | None = None) -> dict[str, list[tuple[int, float]]]:
     targets = load_targets(args, accelerator, sets)
     model = build_model(args, sizes, pretrained, [part.voxels.shape[1] for part in sets.train], targets)
     optimizer = torch.optim.AdamW(networks.parameter_groups(model), lr=args.max_lr)
+    if accelerator.state.deepspeed_plugin:  # it wants to know, as it is given no data loader to ask
+        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.batch_size
     model, optimizer = accelerator.prepare(model, optimizer)
     if not args.use_image_aug:
         targets.frozen["clip"] = targets.frozen["teacher"] = None  # all that the loop needs is on disk

@@ -4,6 +4,7 @@
 """
 
 import hashlib
+import io
 import json
 import shutil
 import tarfile
@@ -126,7 +127,7 @@ def test_members_of_a_tar(world):
             names = tar.getnames()
             assert set(names[:4]) == {f"sample{count:09d}.{name}.npy" for name in shapes}  # keys count on by session
             for name in names[:4]:
-                array = np.load(tar.extractfile(name))
+                array = np.load(io.BytesIO(tar.extractfile(name).read()))
                 assert array.dtype == np.float64 and array.shape == shapes[name.split(".")[1]]
         count += len(names) // 4
 
@@ -150,7 +151,7 @@ def test_the_experiment(world, subject):
 
 def test_subjects_differ():
     world = toy.World()
-    assert len(set(world.voxels)) == 8 and len(set(world.sessions)) > 2
+    assert len(set(world.voxels)) == 8 and len(set(world.sessions)) > 1
     own = [set(column(toy.behaviour(toy.SMOKE, subject, np.arange(12, 36) + 100 * subject, 0), "cocoidx"))
            for subject in (1, 2)]
     assert own[0] & own[1] and (own[0] & own[1]) <= set(range(12))  # they share the test images only

@@ -33,6 +33,7 @@ def arguments(world, folder, *flags) -> list[str]:
 
 
 def run(world, folder, *flags) -> dict:
+    """name -> [(step, value), ..], as logged."""
     return train.main(arguments(world, folder, *flags))
 
 
@@ -51,9 +52,8 @@ def pretrained(smoke_world, tmp_path_factory) -> Path:
 # ---- training
 
 def test_it_learns_and_writes_the_official_files(smoke_world, tmp_path):
-    scores = run(smoke_world, tmp_path, "--model_name=a", "--num_epochs=40", "--max_lr=3e-3", "--mixup_pct=0",
-                 "--val_sessions=1", *SMALL)
-    history = scores["history"]
+    history = run(smoke_world, tmp_path, "--model_name=a", "--num_epochs=40", "--max_lr=3e-3", "--mixup_pct=0",
+                  "--val_sessions=1", *SMALL)
     for name, most in {"train/loss": .6, "train/prior": .6, "train/lowlevel": .9}.items():
         assert history[name][-1][1] < most * history[name][0][1], name
     folder = tmp_path / "train_logs" / "a"
@@ -93,9 +93,9 @@ def test_targets_are_encoded_once(smoke_world, tmp_path, monkeypatch):
 
 
 def test_without_prior_and_blurry_head(smoke_world, tmp_path):
-    scores = run(smoke_world, tmp_path, "--model_name=a", "--no-use_prior", "--no-blurry_recon", "--backbone=mlp",
-                 *SMALL)
-    assert "loss_prior" not in scores and 0 <= scores["image_retrieval"] <= 1
+    history = run(smoke_world, tmp_path, "--model_name=a", "--no-use_prior", "--no-blurry_recon", "--backbone=mlp",
+                  *SMALL)
+    assert "test/loss_prior" not in history and 0 <= history["test/image_retrieval"][-1][1] <= 1
     checkpoint = networks.load_checkpoint(tmp_path / "train_logs" / "a")
     assert checkpoint["config"] == {"backbone": "mlp"}
     assert not any(key.startswith(("diffusion_prior", "backbone.blin1")) for key in checkpoint["model_state_dict"])
@@ -109,7 +109,7 @@ def built(world, folder, *flags):
     train.check_args(args)
     sets = train.load_data(args)
     targets = train.load_targets(args, Accelerator(), sets)
-    return train.build_model(args, [part.voxels.shape[1] for part in sets.train], targets)
+    return train.build_model(args, *train.choose_sizes(args), [part.voxels.shape[1] for part in sets.train], targets)
 
 
 def test_fine_tuning_starts_from_the_pretrained_backbone_and_prior(smoke_world, pretrained):
@@ -259,8 +259,9 @@ def test_damaged_files(world_copy, tmp_path, damage):
     (["--data_path=nowhere"], ["nowhere", "--data_path"]),
     (["--num_sessions=9"], ["--num_sessions", "2"]),
     (["--num_epochs=0"], ["--num_epochs"]),
+    (["--teacher_views=0"], ["--teacher_views"]),
     (["--multi_subject", "--multisubject_ckpt={}"], ["--multisubject_ckpt", "--no-multi_subject"]),
-    (["--multisubject_ckpt={}", "--hidden_dim=48"], ["hidden_dim 32", "48", "--hidden_dim"]),
+    (["--multisubject_ckpt={}", "--hidden_dim=48"], ["train_logs/pretrained", "--hidden_dim=32", "48"]),
     (["--multisubject_ckpt=nowhere/x"], ["nowhere/x", "--multisubject_ckpt"]),
 ])  # fmt: skip
 def test_wrong_flags(smoke_world, pretrained, tmp_path, flags, words):
@@ -282,7 +283,8 @@ def launch(folder, *command) -> subprocess.CompletedProcess:
 def test_exit_code(tmp_path):
     done = launch(tmp_path, ROOT / "train.py", "--data_path=nowhere")
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("error: There is no folder nowhere")
+    sentence = done.stderr.splitlines()[-1]
+    assert sentence.startswith("error: nowhere") and "--data_path" in sentence
     assert not any(tmp_path.iterdir())
 
 
