@@ -91,6 +91,9 @@ class Trials:
     def __len__(self) -> int:
         return len(self.image)
 
+    def __getitem__(self, rows: np.ndarray) -> "Trials":
+        return Trials(self.subject, self.image[rows], self.beta[rows], self.session[rows])
+
 
 def count_sessions(data_path, subject: int) -> int:
     """Number of training sessions on disk (0.tar, 1.tar, ..). Raises UserError if there is none, or a gap."""

@@ -312,10 +312,10 @@ def build_world(path: Path, world: World | None = None, seed: int = 0, rebuild: 
 class Recipe:
     """Flags for train.py: each model trains until its validation curve is flat (train_logs/*/curves.png)."""
     sizes: str = "--hidden_dim=256 --prior_depth=3 --prior_dim_head=16 --teacher_views=1 --max_lr=1e-3"
-    pretrain: str = "--batch_size=70 --num_epochs=50 --ckpt_interval=10 --max_lr=2.5e-3"
-    session: str = "--batch_size=24 --num_epochs=60 --ckpt_interval=10 --num_sessions=1 --val_sessions=1"
-    everything: str = "--batch_size=24 --num_epochs=10 --ckpt_interval=2 --num_sessions=9 --val_sessions=1"
-    draw: str = "--scheduler=dpm --steps=6 --guidance=1"  # as good as 38 Euler steps here: the toy decoder is certain
+    pretrain: str = "--batch_size=70 --num_epochs=42 --ckpt_interval=14 --max_lr=2.5e-3"
+    session: str = "--batch_size=24 --num_epochs=60 --ckpt_interval=15 --num_sessions=1 --val_sessions=1"
+    everything: str = "--batch_size=24 --num_epochs=9 --ckpt_interval=3 --num_sessions=9 --val_sessions=1"
+    draw: str = "--batch_size=50 --scheduler=dpm --steps=6 --guidance=1"  # from true tokens as good as 38 Euler steps
 
 
 SMOKE_RECIPE = Recipe(

@@ -99,9 +99,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 # ----------------------------------------------------------------------------------------------------------------------
 # Data
 # ----------------------------------------------------------------------------------------------------------------------
-def load_subject(args: argparse.Namespace, subject: int, split: str, sessions=None) -> SimpleNamespace:
+def load_subject(args: argparse.Namespace, subject: int, split: str, sessions=None, without=()) -> SimpleNamespace:
     """Trials and voxels of one subject: .trials (n), .voxels (n, V) half precision, as in the original."""
     trials = data.load_trials(args.data_path, subject, split, sessions)
+    trials = trials[~np.isin(trials.image, without)]
+    if not len(trials):
+        raise UserError(f"No trial of subject {subject} is left to validate on: raise --val_sessions, or set it to 0.")
     return SimpleNamespace(trials=trials, voxels=data.load_voxels(args.data_path, trials).half())
 
 
@@ -118,7 +121,8 @@ def load_data(args: argparse.Namespace) -> SimpleNamespace:
     val = None
     if args.val_sessions:
         first = first or sessions[subjects[0]] - args.val_sessions
-        val = load_subject(args, subjects[0], "train", range(first, first + args.val_sessions))
+        known = np.unique(train[0].trials.image)  # an image may come again in the next session: not held out
+        val = load_subject(args, subjects[0], "train", range(first, first + args.val_sessions), without=known)
     test = load_subject(args, subjects[0], "new_test" if args.new_test else "test")
     return SimpleNamespace(subjects=subjects, train=train, val=val, test=test)
 
