@@ -1,6 +1,18 @@
 """Build the toy world, a small NSD with eight synthetic people, and run every stage of MindEye2 on it.
 
-    python toy.py                  # ten minutes on 2 cores: world, pretraining, the headline table and picture
+Scenes -> brains -> files in the official formats (data.py) beside tiny frozen networks (toy_networks/), then the
+paper's claim as an experiment: a model pretrained on seven people, then shown one session of the eighth, against one
+that has only that session, and one that has all of them. No stage knows that this is a toy: each reads a folder.
+
+    python toy.py                  # ten minutes on 2 cores; toy/results.json, toy/headline.png, train_logs/toy_*
+    python toy.py --seed 0 1 2     # two more worlds, brains and sets of models: how far does chance carry the table?
+    python toy.py --smoke          # everything at its smallest, for tests
+    python toy.py --train_frozen   # train the frozen networks anew first (toy_networks.py)
+
+What decides whether the experiment can show anything, found by trying (numbers in README.md):
+* Data must be the limit, not steps. A model from scratch that trains for a fifth of its time looks hopeless; trained
+  out, it draws well. So every model trains until its validation curve is flat.
+* Voxels must be many and noisy, the code behind them small and not linear in the picture.
 """
 import argparse
 import hashlib
@@ -158,6 +170,8 @@ def image_code(scenes: Scenes, images: torch.Tensor, world: World, seed: int) ->
     Low: the picture blurred to 8 x 8 colours. High: what each of the two objects is, its colour, size and place.
     Both are squeezed through a random layer with a tanh: no linear map from brain to picture is exact.
     """
+    # Few dimensions, each in many voxels: a session then says much about a person's mixture, if one knows the code.
+    # Knowing it (which pictures go with which code, not linearly) is what pretraining brings.
     g = torch.Generator().manual_seed(seed)
     blurred = F.avg_pool2d(images.float() / 255, images.shape[-1] // 8).flatten(1)  # (n, 192)
     palette = [torch.tensor(list(table.values())) for table in (COLOURS, GROUNDS)]
