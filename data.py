@@ -38,11 +38,13 @@ from pathlib import Path
 import h5py
 import numpy as np
 import torch
+import torch.nn.functional as F
 import webdataset as wds
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from model import UserError, encode_latents
+from frozen import encode_latents
+from model import UserError
 
 BEHAV_COLUMNS = (
     "cocoidx", "subject", "session", "run", "trial", "global_trial", "time", "isold", "iscorrect", "rt", "changemind",
@@ -170,6 +172,24 @@ def average_repeats(values, positions: list[np.ndarray]):
     return np.stack([np.mean(values[p], axis=0) for p in positions])
 
 
+@torch.no_grad()
+def embed_images(model, voxels: torch.Tensor, positions: list[np.ndarray], subject: int = 0,
+                 chunk: int = 256) -> dict[str, torch.Tensor]:
+    """What a brain says of n images: voxels (trials, V) and, for each image, the rows of its repetitions.
+
+    Returns the model's backbone (n, S, D), clip_voxels (n, S, D), blurry_latents (n, 4, L, L) on the CPU. Not the
+    voxels are averaged but the outputs (A.2): the model was trained on single trials, never on their calmer average.
+    """
+    device, rows = next(model.parameters()).device, np.concatenate(positions)
+    outputs = {}
+    for part in torch.from_numpy(rows).split(chunk):
+        for name, values in vars(model.embed(voxels[part].to(device).float(), subject)).items():
+            if values is not None and name != "blurry_features":
+                outputs.setdefault(name, []).append(values.float().cpu())
+    groups = np.split(np.arange(len(rows)), np.cumsum([len(p) for p in positions])[:-1])
+    return {name: average_repeats(torch.cat(parts), groups) for name, parts in outputs.items()}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Voxels and images
 
@@ -209,6 +229,11 @@ def load_voxels(data_path, trials: Trials, block: int = 512) -> torch.Tensor:
         raise UserError(f"{path}: {len(set(broken))} rows with NaN or infinite voxels, the first is row {broken[0]}: "
                         "replace the file in --data_path.")  # fmt: skip
     return torch.from_numpy(voxels)
+
+
+def resized(images: torch.Tensor, size: int) -> torch.Tensor:
+    """(n, 3, H, W) -> (n, 3, size, size) float32: bilinear, without antialiasing, as the paper's torchvision did it."""
+    return F.interpolate(images.float(), (size, size), mode="bilinear", align_corners=False, antialias=False)
 
 
 class Images:

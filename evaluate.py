@@ -25,8 +25,9 @@ from skimage.metrics import structural_similarity
 from torch import Tensor
 from tqdm import tqdm
 
-from data import Images, load_trials, repeats, replacing
-from model import UserError, load_clip, run_main
+from data import Images, load_trials, repeats, replacing, resized
+from frozen import load_clip
+from model import UserError, run_main
 
 CHUNK = 25  # pictures at once; at 425 pixels each takes 2 MB
 
@@ -58,11 +59,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Metrics
-
-def resized(images: Tensor, size: int) -> Tensor:
-    """(B, 3, H, W) -> (B, 3, size, size) float32, bilinear without antialiasing."""
-    return F.interpolate(images.float(), (size, size), mode="bilinear", align_corners=False, antialias=False)
-
 
 def standardised(x: Tensor) -> Tensor:
     """(n, ..) -> (n, features) float64, each row with mean 0 and length 1: dot products are Pearson correlations."""

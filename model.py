@@ -8,7 +8,8 @@ What is here, in reading order:
     MindEye2           the three together; its forward is the one call that DDP or DeepSpeed wraps
     losses             mixco, mixco_nce, soft_clip_loss, soft_contrastive_loss, cosine_anneal
     optimizer groups, checkpoints
-    frozen networks    CLIP, VAE, low-level teacher, unCLIP decoder
+
+The networks that MindEye2 takes from others and never trains are in frozen.py.
 
 Sources: Scotti et al. 2024, "MindEye2", arXiv 2403.11207 (section numbers below are its own); the public release
 of its code, whose state-dict names are kept so that its checkpoints load with strict=True; DALL-E 2, arXiv
@@ -22,10 +23,10 @@ N = 2 S + 1 tokens inside the prior, H heads of d channels.
 from __future__ import annotations
 
 import errno
-import json
 import math
 import os
 import pickle
+import re
 import sys
 import zipfile
 from collections import OrderedDict
@@ -34,15 +35,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
-import diffusers
-import open_clip
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.autoencoders.vae import Decoder
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import ConvNextModel
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Errors that the user can mend
@@ -670,7 +667,7 @@ def save_checkpoint(path: str | Path, model: nn.Module, **extra: object) -> None
 
 
 @contextmanager
-def _reading(path: Path, flag: str, must_exist: bool = True) -> Iterator[None]:
+def reading(path: Path, flag: str, must_exist: bool = True) -> Iterator[None]:
     """Turn "not there" and "not readable" into a UserError that names the file and the flag."""
     if must_exist and not path.exists():
         raise UserError(f"{path} does not exist: put it there, or name another place with {flag}.")
@@ -689,14 +686,16 @@ class _TensorsOnly:
         def find_class(self, module: str, name: str) -> object:
             if (module, name) in {("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_parameter")}:
                 return super().find_class(module, name)
-            if (module, name) == ("collections", "OrderedDict"):
-                return OrderedDict
-            return type(name, (), {"__init__": lambda self, *a, **k: None, "__setstate__": lambda self, state: None})
+            known = {("collections", "OrderedDict"): OrderedDict, ("torch", "Size"): torch.Size}
+            # A shell takes what the object would: arguments, a state, the items of a dictionary or list.
+            filled_by = ("__init__", "__setstate__", "__setitem__", "append", "extend")
+            shell = type(name, (), dict.fromkeys(filled_by, lambda self, *args, **kwargs: None))
+            return known.get((module, name), shell)
 
 
-def _torch_load(path: Path, flag: str) -> dict:
+def torch_load(path: Path, flag: str) -> dict:
     """Read a file of torch.save onto the CPU without running any code that it may hold; memory-mapped if possible."""
-    with _reading(path, flag):
+    with reading(path, flag):
         options = {"map_location": "cpu", "mmap": zipfile.is_zipfile(path)}
         try:
             return torch.load(path, weights_only=True, **options)
@@ -706,14 +705,77 @@ def _torch_load(path: Path, flag: str) -> dict:
             return torch.load(path, weights_only=False, pickle_module=_TensorsOnly, **options)
 
 
+def _deepspeed_partitions(folder: Path, flag: str) -> list[list[Tensor]]:
+    """What each rank of a DeepSpeed run kept of the float32 weights: per rank, one flat vector per parameter group.
+
+    Empty without the ranks' files. Raises UserError when one is missing or damaged, or of ZeRO stage 3.
+    """
+    ranks, count = {}, 0
+    for file in folder.glob("*zero_pp_rank_*_mp_rank_00_optim_states.pt"):
+        content = torch_load(file, flag)
+        with reading(file, flag):
+            kept = content["optimizer_state_dict"]
+            if kept.get("zero_stage") == 3 or "single_partition_of_fp32_groups" not in kept:
+                raise UserError(f"{file} is of ZeRO stage 3, only 1 and 2 can be read: name another with {flag}.")
+            counts = kept["partition_count"]  # a list, one number per group, in some versions
+            count = max(count, *counts) if isinstance(counts, list | tuple) else max(count, counts)
+            ranks[int(re.search(r"rank_(\d+)", file.name)[1])] = kept["single_partition_of_fp32_groups"]
+    for rank in range(count):
+        if rank not in ranks:
+            file = folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+            raise UserError(f"{file} does not exist: put all {count} ranks' files there, or name another with {flag}.")
+    return [ranks[rank] for rank in range(count)]
+
+
+def _join_partitions(groups: list[dict[str, torch.Size]], ranks: list[list[Tensor]]) -> dict[str, Tensor]:
+    """The named float32 weights: each group's vector, cut in the order of its shapes. Raises ValueError."""
+    state = {}
+    if any(len(vectors) != len(groups) for vectors in ranks):
+        raise ValueError(f"its {len(groups)} parameter groups are not those of the ranks' files")
+    for i, shapes in enumerate(groups):
+        flat = torch.cat([vectors[i] for vectors in ranks])  # (numbers of the group,)
+        sizes = [math.prod(shape) for shape in shapes.values()]
+        padding = len(flat) - sum(sizes)  # DeepSpeed fills up to a multiple of twice the ranks
+        if not 0 <= padding < 2 * len(ranks):
+            raise ValueError(f"its weights have {sum(sizes)} numbers in a group, the ranks' files {len(flat)}")
+        weights = flat.split([*sizes, padding])[:-1]
+        state |= {name: w.view(shape) for (name, shape), w in zip(shapes.items(), weights, strict=True)}
+    return state
+
+
+def _load_deepspeed(folder: Path, flag: str) -> dict:
+    """A checkpoint folder of DeepSpeed's ZeRO, stage 1 or 2: {"model_state_dict": ...}, without DeepSpeed.
+
+    The model's file holds half weights. The float32 ones that were trained lie in the ranks' files: per parameter
+    group one vector, cut into as many pieces as there are ranks. Without those files the half weights are returned.
+    Raises UserError when a file is missing, damaged, of stage 3, or when the sizes do not add up.
+    """
+    file = folder / "mp_rank_00_model_states.pt"
+    if not file.exists() and any(folder.glob("zero_pp_rank_*_model_states.pt")):
+        raise UserError(f"{folder} is of ZeRO stage 3, only 1 and 2 can be read: name another with {flag}.")
+    content, ranks = torch_load(file, flag), _deepspeed_partitions(folder, flag)
+    with reading(file, flag):
+        state = dict(content["module"])
+        if ranks:
+            state |= _join_partitions(content["param_shapes"], ranks)
+        state |= content.get("frozen_param_fragments") or {}
+        # Of several names for one parameter, the vectors hold only one.
+        state |= {alias: state[name] for alias, name in (content.get("shared_params") or {}).items()}
+    return {"model_state_dict": state}
+
+
 def load_checkpoint(path: str | Path, flag: str = "--model_name") -> dict:
     """Read a checkpoint: a `last.pth` file or the folder train_logs/NAME that holds it; half tensors become float32.
 
-    Raises UserError, which names `flag`, when it is missing, truncated, or no checkpoint.
+    In place of last.pth there may be `last/`, a folder of DeepSpeed's (`_load_deepspeed`), which `path` may also name
+    itself. Raises UserError, which names `flag`, when it is missing, truncated, or no checkpoint.
     """
     path = Path(path)
-    path = path / "last.pth" if path.is_dir() or not path.suffix else path
-    checkpoint = _torch_load(path, flag)
+    if not any(path.glob("*_states.pt")) and (path.is_dir() or not path.suffix):
+        path = path / "last.pth"
+    folder = path if path.is_dir() else path.with_suffix("")
+    deepspeed = not path.is_file() and folder.is_dir()
+    checkpoint = _load_deepspeed(folder, flag) if deepspeed else torch_load(path, flag)
     if not isinstance(checkpoint, dict) or "model_state_dict" not in checkpoint:
         raise UserError(f"{path} is not a checkpoint (it has no model_state_dict): name another with {flag}.")
     state = checkpoint["model_state_dict"]
@@ -775,230 +837,3 @@ def load_pretrained(model: MindEye2, state: dict[str, Tensor]) -> None:
         module = getattr(model, part)
         if module is not None:
             module.load_state_dict({name: state[f"{part}.{name}"] for name in module.state_dict()})
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Frozen networks: CLIP (targets), VAE (blurry latents), low-level teacher, unCLIP decoder (2.4)
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def _frozen(network: nn.Module, device: str | torch.device, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Ready for inference. (nn.Module's own `to`: diffusers' prints a warning that means nothing here.)"""
-    return nn.Module.to(network.eval().requires_grad_(False), device, dtype)
-
-
-CLIP_MEAN, CLIP_STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
-# .228 is a slip of the original's for .229; the released low-level heads learned with it.
-TEACHER_MEAN, TEACHER_STD = (0.485, 0.456, 0.406), (0.228, 0.224, 0.225)
-
-
-def _normalise(images: Tensor, mean: tuple, std: tuple) -> Tensor:
-    """(x - mean) / std of each channel, with plain numbers: a CUDA graph (toy_networks.py) takes no new tensors."""
-    return torch.stack([(images[:, c] - mean[c]) / std[c] for c in range(3)], 1)
-
-
-def clip_preprocess(images: Tensor, size: int) -> Tensor:
-    """What CLIP gets to see: (B, 3, H, W) in [0, 1] -> (B, 3, size, size), resized bicubically and normalised.
-
-    The original's encoder expects [-1, 1] and maps x to (x + 1) / 2, but is given [0, 1]: it sees washed-out pictures
-    in [.5, 1]. All released weights learned the tokens of those, so it is kept.
-    """
-    if images.shape[-2:] != (size, size):
-        images = F.interpolate(images, (size, size), mode="bicubic", align_corners=True)
-    return _normalise((images + 1) / 2, CLIP_MEAN, CLIP_STD)
-
-
-class FrozenCLIP(nn.Module):
-    """CLIP's image tokens, the prior's targets, and its pooled embeddings of images and texts.
-
-    seq_dim = S, emb_dim = D, image_size in pixels. Images are (B, 3, H, W) in [0, 1].
-    """
-    def __init__(self, clip: nn.Module, tokenizer: Callable[[list[str]], Tensor]) -> None:
-        super().__init__()
-        self.clip, self.tokenizer = clip, tokenizer
-        clip.visual.output_tokens = True  # give the patch tokens after the last LayerNorm besides the pooled vector
-        positions, self.emb_dim = clip.visual.positional_embedding.shape
-        self.seq_dim = positions - 1  # one position is the class token's, which is not used
-        self.image_size = clip.visual.image_size[0]
-
-    @torch.no_grad()
-    def tokens(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, S, D): patch tokens, not projected."""
-        return self.clip.visual(clip_preprocess(images, self.image_size))[1]  # (B, S, D)
-
-    @torch.no_grad()
-    def embed(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, E) of unit length, from the same washed-out view."""
-        return F.normalize(self.clip.visual(clip_preprocess(images, self.image_size))[0], dim=-1)  # (B, E)
-
-    @torch.no_grad()
-    def embed_text(self, texts: list[str]) -> Tensor:
-        """n captions -> (n, E) of unit length, comparable with `embed`."""
-        words = self.tokenizer(texts).to(self.clip.visual.positional_embedding.device)  # (n, words)
-        return self.clip.encode_text(words, normalize=True)                             # (n, E)
-
-
-def load_clip(cache_dir: str | Path, device: str | torch.device) -> FrozenCLIP:
-    """CLIP from cache_dir/clip (an open_clip folder) or else ViT-bigG/14, kept in or downloaded to cache_dir.
-
-    Raises UserError when it can be neither read nor downloaded.
-    """
-    folder = Path(cache_dir) / "clip"
-    name, weights, place = "ViT-bigG-14", "laion2b_s39b_b160k", Path(cache_dir)
-    if folder.exists():
-        name, weights, place = f"local-dir:{folder}", None, folder
-    with _reading(place, "--cache_dir", must_exist=False):
-        clip = open_clip.create_model(name, pretrained=weights, cache_dir=str(cache_dir), require_pretrained=True)
-        tokenizer = open_clip.get_tokenizer(name, cache_dir=str(cache_dir))
-    return _frozen(FrozenCLIP(clip, tokenizer), device)
-
-
-SD_VAE = {  # Stable Diffusion 1's, 83.7 million parameters
-    "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4, "scaling_factor": 0.18215,
-}
-
-
-def load_vae(cache_dir: str | Path, device: str | torch.device) -> AutoencoderKL:
-    """The VAE of the blurry latents: cache_dir/vae (a diffusers folder) or the released sd_image_var_autoenc.pth.
-
-    Raises UserError when neither can be read.
-    """
-    folder, file = Path(cache_dir) / "vae", Path(cache_dir) / "sd_image_var_autoenc.pth"
-    if folder.exists():
-        with _reading(folder, "--cache_dir"):
-            vae = AutoencoderKL.from_pretrained(folder, local_files_only=True)
-        return _frozen(vae, device)
-    state = _torch_load(file, "--cache_dir")
-    # The file is older than today's names of the attention's four linear layers.
-    renames = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
-    for old, new in renames.items():
-        state = {name.replace(old, new): value for name, value in state.items()}
-    vae = AutoencoderKL(**SD_VAE)
-    with _reading(file, "--cache_dir"):
-        vae.load_state_dict(state)
-    return _frozen(vae, device)
-
-
-@torch.no_grad()
-def encode_latents(vae: AutoencoderKL, images: Tensor) -> Tensor:
-    """Images (B, 3, H, W) in [0, 1] -> scaled latents (B, 4, H/8, W/8): the mode, no sampling noise."""
-    return vae.encode(2 * images - 1).latent_dist.mode() * vae.config.scaling_factor
-
-
-@torch.no_grad()
-def decode_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """Scaled latents (B, 4, L, L) -> images (B, 3, 8 L, 8 L) in [0, 1]."""
-    return (vae.decode(latents / vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
-
-
-class ChannelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of (B, C, H, W)."""
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-
-class ConvNeXtBlock(nn.Module):
-    """Depthwise 7x7 convolution, then a two-layer perceptron at each position; no layer scale."""
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.dwconv = nn.Conv2d(dim, dim, 7, padding=3, groups=dim)
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.pwconv1, self.pwconv2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W)."""
-        inner = self.norm(self.dwconv(x).permute(0, 2, 3, 1))  # (B, H, W, C)
-        return x + self.pwconv2(F.gelu(self.pwconv1(inner))).permute(0, 3, 1, 2)
-
-
-class ConvNeXtTeacher(nn.Module):
-    """The released low-level teacher: ConvNeXt-XL trained by VICRegL (Bardes et al. 2022), with its map projector."""
-    def __init__(self, depths: tuple = (3, 3, 27, 3), dims: tuple = (256, 512, 1024, 2048)) -> None:
-        super().__init__()
-        downsample = [nn.Sequential(nn.Conv2d(3, dims[0], 4, 4), ChannelNorm(dims[0], eps=1e-6))]
-        for narrow, wide in zip(dims[:-1], dims[1:], strict=True):
-            downsample.append(nn.Sequential(ChannelNorm(narrow, eps=1e-6), nn.Conv2d(narrow, wide, 2, 2)))
-        stages = [nn.Sequential(*map(ConvNeXtBlock, [dim] * n)) for dim, n in zip(dims, depths, strict=True)]
-        parts = {"downsample_layers": nn.ModuleList(downsample), "stages": nn.ModuleList(stages)}
-        self.backbone = nn.ModuleDict(parts | {"norm": nn.LayerNorm(dims[-1], eps=1e-6)})
-        self.maps_projector = nn.Sequential(
-            nn.Linear(dims[-1], 512), nn.LayerNorm(512), nn.ReLU(),
-            nn.Linear(512, 512), nn.LayerNorm(512), nn.ReLU(),
-            nn.Linear(512, 512, bias=False),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalised images (B, 3, H, W) -> (B, 512, H/32, W/32)."""
-        for downsample, stage in zip(self.backbone["downsample_layers"], self.backbone["stages"], strict=True):
-            x = stage(downsample(x))
-        x = self.backbone["norm"](x.permute(0, 2, 3, 1))   # (B, H/32, W/32, 2048)
-        return self.maps_projector(x).permute(0, 3, 1, 2)  # (B, 512, H/32, W/32)
-
-
-class FrozenTeacher(nn.Module):
-    """Low-level features of images (B, 3, H, W) in [0, 1]: (B, F, 512)."""
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    @torch.no_grad()
-    def forward(self, images: Tensor) -> Tensor:
-        maps = self.network(_normalise(images, TEACHER_MEAN, TEACHER_STD))
-        maps = getattr(maps, "last_hidden_state", maps)  # (B, 512, h, w)
-        return maps.flatten(2).transpose(1, 2)           # (B, F, 512)
-
-
-def load_teacher(cache_dir: str | Path, device: str | torch.device) -> FrozenTeacher:
-    """The low-level teacher: cache_dir/teacher (a transformers ConvNextModel folder) or the released VICRegL file.
-
-    Raises UserError when neither can be read, or when the file is of another network (the original went on silently).
-    """
-    folder, file = Path(cache_dir) / "teacher", Path(cache_dir) / "convnext_xlarge_alpha0.75_fullckpt.pth"
-    if folder.exists():
-        with _reading(folder, "--cache_dir"):
-            network = ConvNextModel.from_pretrained(folder, local_files_only=True)
-        return _frozen(FrozenTeacher(network), device)
-    state = _torch_load(file, "--cache_dir")
-    state = {name.removeprefix("module."): value for name, value in state.get("model", state).items()}
-    with torch.device("meta"):
-        network = ConvNeXtTeacher()
-    # The file also holds the heads of VICRegL's training, which are left out; nothing of ours may be missing.
-    with _reading(file, "--cache_dir"):
-        own = {name: state[name] for name in network.state_dict()}
-        network.load_state_dict(own, assign=True)
-    return _frozen(FrozenTeacher(network), device)
-
-
-def load_unclip(folder: str | Path, device: str | torch.device, dtype: torch.dtype = torch.float32) -> SimpleNamespace:
-    """The image decoder (2.4): a folder in diffusers' layout -> .unet, .vae, .scheduler, .output_scale, .output_shift.
-
-    A picture is clamp(x * output_scale + output_shift, 0, 1) of the VAE's output x; model_index.json may hold the
-    two numbers. The VAE stays in float32 when dtype is float16, which overflows in it. Raises UserError.
-    """
-    folder = Path(folder)
-    with _reading(folder, "--cache_dir"):
-        index_file = folder / "model_index.json"
-        index = json.loads(index_file.read_text()) if index_file.exists() else {}
-        unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype, local_files_only=True)
-        vae = AutoencoderKL.from_pretrained(folder / "vae", local_files_only=True)
-        scheduler_config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
-        scheduler = getattr(diffusers, scheduler_config["_class_name"]).from_config(scheduler_config)
-    # The released decoder saw pictures in [-1, 1] as they are, the prior's targets are of washed-out ones
-    # (see `clip_preprocess`): the authors' .8 x + .2, found by hand, presumably makes up for it.
-    return SimpleNamespace(
-        unet=_frozen(unet, device, dtype), scheduler=scheduler,
-        vae=_frozen(vae, device, torch.float32 if dtype == torch.float16 else dtype),
-        output_scale=index.get("output_scale", 0.8), output_shift=index.get("output_shift", 0.2),
-    )
-
-
-def unclip_vector(dim: int, size: int) -> Tensor:
-    """SDXL's size-and-crop conditioning as one vector (1, dim): original size twice, then a crop at 0 twice.
-
-    Each number v becomes [cos(v f) | sin(v f)], with dim / 8 frequencies f from 1 down towards 1/10000.
-    """
-    count = dim // 8
-    frequencies = torch.exp(-math.log(10000) * torch.arange(count) / count)  # (dim / 8,)
-    angles = torch.tensor([size, size, 0, 0])[:, None] * frequencies         # (4, dim / 8)
-    return torch.cat((angles.cos(), angles.sin()), -1).view(1, dim)          # (1, dim)

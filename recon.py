@@ -1,26 +1,38 @@
-"""From brain activity to pictures: the trained model and the frozen decoder on the test images (paper 2.2, 2.4).
+"""From brain activity to pictures and captions: the trained model and the frozen networks on the test images (2.4).
 
-For each test image:
-    its 1-3 single trials -> MindEye2, outputs averaged -> brain tokens, retrieval tokens, blurry latents
-    brain tokens  -> diffusion prior (20 steps)         -> CLIP image tokens (S, D)
-    image tokens  -> unCLIP decoder (UNet + VAE)        -> the reconstruction
-    blurry latents -> Stable Diffusion's VAE            -> the blurry reconstruction: right layout, no detail
+Four passes over the test images, so that only one large network is in memory at a time:
+    brain      1-3 single trials of an image -> MindEye2, outputs averaged -> brain tokens, retrieval tokens,
+               blurry latents; brain tokens -> diffusion prior (20 steps) -> CLIP image tokens (S, D)
+    captions   image tokens -> converter -> GIT -> a sentence
+    recons     image tokens -> unCLIP decoder (UNet + VAE, 38 Euler steps) -> the reconstruction
+    blurry     blurry latents -> Stable Diffusion's VAE -> the blurry reconstruction: right layout, no detail
+Each batch of a pass is a file in evals/{model_name}/{model_name}_parts/ until all is done, so a killed run goes on
+where it stopped, and any number of processes can share the work.
 
-    in    train_logs/{model_name}/last.pth                          written by train.py
-          {data_path}/wds, betas, images                            see data.py
-          {cache_dir}/unclip/{unet,vae,scheduler}, {cache_dir}/vae  the frozen networks, see model.py
-    out   evals/{model_name}/{model_name}_all_recons.pt         (n, 3, H, W) float32 in [0, 1], H = 256 or smaller
-          evals/{model_name}/{model_name}_all_blurryrecons.pt   (n, 3, H, W) float32 in [0, 1]
-          evals/{model_name}/{model_name}_all_clipvoxels.pt     (n, S, D) float16, for retrieval
-          evals/{model_name}/{model_name}_grid.png              the first pictures beside what was seen
+    in    train_logs/{model_name}/last.pth                          written by train.py, or the release's
+          {data_path}/wds, betas, images (masks for --stimulate)    see data.py
+          {cache_dir}/unclip, vae, git, bigG_to_L_epoch8.pth        the frozen networks, see frozen.py
+    out   evals/{model_name}/{model_name}_all_recons.pt             (n, 3, H, W) float32 in [0, 1], H = 256 or smaller
+                                         _all_blurryrecons.pt       (n, 3, H, W) float32 in [0, 1]
+                                         _all_predcaptions.pt       (n,) numpy array of str
+                                         _all_clipvoxels.pt         (n, S, D) float16, for retrieval
+                                         _all_backbones.pt          (n, S, D) float16, before the prior
+                                         _all_prior_out.pt          (n, S, D) float16, after it
+                                         _grid.png                  the first pictures beside what was seen
 Row i of each belongs to the i-th of the test images' row numbers, sorted ascending.
 
-    python recon.py --model_name testing --data_path toy --scheduler dpm --steps 6 --guidance 1     the toy, on a CPU
-    python recon.py --model_name final_subj01 --data_path DATA --subj 1                             NSD, on one GPU
-    accelerate launch --num_processes 8 recon.py ...                                                on eight
+    python recon.py --model_name toy_1session_pretrained --data_path toy --scheduler dpm --steps 6 --guidance 1
+    python recon.py --model_name final_subj01_pretrained_40sess_24bs --data_path DATA --subj 1    NSD, on one GPU
+    accelerate launch --num_processes 8 recon.py ...                                              on eight
+    python recon.py --model_name toy_allsessions_scratch --data_path toy --stimulate V1 V4 higher_vis     A.14
 """
 
 import argparse
+import gc
+import json
+import shutil
+import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,18 +40,28 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
-from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from diffusers import DPMSolverMultistepScheduler
 from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-from data import Images, average_repeats, load_trials, load_voxels, num_voxels, repeats, replacing
-from model import MindEye2, UserError, config_from_state_dict, decode_latents, load_checkpoint, run_main
-
-from model import load_unclip, load_vae, unclip_vector  # isort: skip
+import frozen
+from data import (
+    Images,
+    embed_images,
+    load_region_masks,
+    load_trials,
+    load_voxels,
+    num_voxels,
+    repeats,
+    replacing,
+    resized,
+)
+from model import MindEye2, UserError, config_from_state_dict, load_checkpoint, run_main
 
 MAX_SIZE = 256  # pixels; larger pictures are saved at this size, as the original's are
-GRID_COLUMNS = 16
+GRID_COLUMNS = 12
+DRAWS = 3  # pictures of each stimulus: what they have in common is the region's, the rest is chance
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -50,32 +72,67 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--tag", default="last", help="a name: which checkpoint of the model, TAG.pth; the paper's is last")
     add("--data_path", default="toy", help="folder of the data; NSD's in the paper")
     add("--cache_dir", help="folder of the frozen networks; None = --data_path")
-    add("--unclip", help="folder of the image decoder in diffusers' layout; None = CACHE_DIR/unclip")
+    add("--unclip", help="folder of the image decoder in diffusers' layout; None = CACHE_DIR/unclip, made from "
+                         "CACHE_DIR/unclip6_epoch0_step110000.ckpt if that is there instead")
     add("--train_logs", default="train_logs", help="folder of the checkpoints")
     add("--evals", default="evals", help="folder of the output")
     add("--subj", type=int, default=1, choices=range(1, 9), help="number of the subject; 1, 2, 5 and 7 in the paper")
     add("--new_test", action=switch, default=True, help="the complete test set, the paper's; no = its first part")
     add("--blurry_recon", action=switch, default=True, help="also decode the low-level head; on in the paper")
+    add("--captions", action=switch, default=True, help="also caption, by GIT; on in the paper")
     add("--hidden_dim", type=int, help="channels, 4096 in the paper; None = the checkpoint's, else it must agree")
     add("--n_blocks", type=int, help="residual blocks, 4 in the paper; None = the checkpoint's, else it must agree")
     add("--prior_steps", type=int, default=20, help="sampling steps of the prior, 2 to 100; 20 in the paper")
     add("--steps", type=int, default=38, help="denoising steps of the decoder; 38 in the paper's code")
     add("--scheduler", default="euler", choices=["euler", "dpm"], help="solver of the decoder; the paper's is euler")
     add("--guidance", type=float, default=5.0, help="guidance scale; 5 in the paper's code, 1 = off at half the cost")
+    add("--n_samples", type=int, default=1, help="pictures drawn of each image, of which the one nearest to the "
+                                                 "brain's retrieval tokens in CLIP space is kept; 1 in the paper")
+    add("--stimulate", nargs="+", metavar="REGION", help="instead of test images, draw what a pattern of 1 inside "
+        f"REGION and 0 outside looks like (A.14), {DRAWS} times each; regions of the masks file, V1+V2 joins two")
     add("--batch_size", type=int, default=16, help="images at once, a process; 1 in the paper's code")
+    add("--low_memory", action=switch, default=False, help="for a GPU of 24 GB: MindEye2's weights in bfloat16, the "
+        "two halves of guidance one after the other, pictures decoded in tiles")
     add("--num_images", type=int, help="images, the first by row number; None = all (1000 in the paper)")
     add("--seed", type=int, default=42, help="a number, the seed of all noise; 42 in the paper's code")
     args = parser.parse_args(argv)
-    for name, least in {"prior_steps": 2, "steps": 1, "batch_size": 1, "num_images": 1, "seed": 0}.items():
-        if getattr(args, name) is not None and getattr(args, name) < least:
-            raise UserError(f"--{name} must be at least {least}, not {getattr(args, name)}.")
+    least = {"prior_steps": 2, "steps": 1, "batch_size": 1, "num_images": 1, "n_samples": 1, "seed": 0}
+    for name, low in least.items():
+        if getattr(args, name) is not None and getattr(args, name) < low:
+            raise UserError(f"--{name} must be at least {low}, not {getattr(args, name)}.")
     args.cache_dir = args.cache_dir or args.data_path
-    args.unclip = args.unclip or Path(args.cache_dir) / "unclip"
+    args.unclip = args.unclip or str(Path(args.cache_dir) / "unclip")
     return args
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Loading
+# What to read: brains that saw the test images, or made-up ones
+
+def seen_brains(args: argparse.Namespace) -> SimpleNamespace:
+    """.voxels (trials, V); for each test image its .ids row number, its .positions among the trials, its .names; and
+    .seen (k, 3, H, W), the first of them."""
+    trials = load_trials(args.data_path, args.subj, "new_test" if args.new_test else "test")
+    ids, positions = (part[: args.num_images] for part in repeats(trials))
+    seen = Images(args.data_path)[ids[:GRID_COLUMNS]]  # read early: if the file is broken, say so before the work
+    return SimpleNamespace(voxels=load_voxels(args.data_path, trials), ids=ids, positions=positions, seen=seen,
+                           names=[str(i) for i in ids])
+
+
+def stimulated_brains(args: argparse.Namespace) -> SimpleNamespace:
+    """The same for patterns that nobody had (A.14): voxels are 1 inside a region and 0, their mean, outside."""
+    masks, rows = load_region_masks(args.data_path, args.subj), []
+    for stimulus in args.stimulate:
+        for region in stimulus.split("+"):
+            if region not in masks:
+                raise UserError(f"{args.data_path} has no region {region}: choose --stimulate from {', '.join(masks)}.")
+        rows.append(np.any([masks[region] for region in stimulus.split("+")], axis=0))  # (V,)
+    count = len(rows)
+    return SimpleNamespace(voxels=torch.from_numpy(np.array(rows, np.float32)), ids=np.arange(DRAWS * count), seen=None,
+                           positions=[np.array([i % count]) for i in range(DRAWS * count)], names=args.stimulate)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pass 1: voxels -> tokens
 
 def load_model(args: argparse.Namespace, voxels: int) -> tuple[MindEye2, int]:
     """The trained model, and which of its ridge layers is for a brain of so many voxels. Raises UserError."""
@@ -107,193 +164,320 @@ def load_model(args: argparse.Namespace, voxels: int) -> tuple[MindEye2, int]:
     return model.eval().requires_grad_(False), fitting[0]
 
 
-def load_decoders(args: argparse.Namespace, model: MindEye2, device: torch.device) -> SimpleNamespace:
-    """The unCLIP decoder, and as its .blurry_vae the VAE of the blurry latents (None if not wanted)."""
-    # bfloat16 halves the UNet's 10 GB. Its 8 bits would show as bands in a picture, so the VAE stays in float32.
-    unclip = load_unclip(args.unclip, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    unclip.vae.float().enable_slicing()  # one picture at a time: at 768 pixels each needs gigabytes
-    wanted, given = unclip.unet.config.cross_attention_dim, model.backbone.token_shape[1]
-    if wanted != given:
-        raise UserError(f"{args.unclip} needs tokens of {wanted} channels, ours have {given}: name another --unclip.")
-    if args.steps >= (trained := unclip.scheduler.config.num_train_timesteps):
-        raise UserError(f"--steps must be below {trained}, the number of noise levels that {args.unclip} knows.")
-    unclip.blurry_vae = load_vae(args.cache_dir, device) if args.blurry_recon else None
-    return unclip
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One batch of images
-
-def embed_images(model: MindEye2, voxels: Tensor, positions: list[np.ndarray], ridge: int) -> dict[str, Tensor]:
-    """Brain outputs of images: voxels (trials, V), and for each of B images the rows of its repetitions.
-
-    Returns backbone (B, S, D), clip_voxels (B, S, D), blurry_latents (B, 4, L, L). Not the voxels are averaged but
-    the outputs (A.2): the model was trained on single trials and never saw the weaker noise of an average.
-    """
-    rows = np.concatenate(positions)
-    groups = np.split(np.arange(len(rows)), np.cumsum([len(p) for p in positions])[:-1])
-    device = next(model.parameters()).device
-    out = model.embed(voxels[torch.from_numpy(rows)].to(device), ridge)
-    return {name: average_repeats(x.float(), groups) for name, x in vars(out).items() if x is not None}
-
-
-def draw_noise(image: int, args: argparse.Namespace, tokens: tuple[int, int], latent: tuple[int, ...]) -> list[Tensor]:
-    """All random numbers of one picture: latent (4, L, L), unconditional (S, D), prior's start (S, D) and its steps.
+def noise_of(image: int, seed: int, shapes: list[tuple[int, ...]], stream: int) -> list[Tensor]:
+    """Random numbers for one picture: one tensor for each of `shapes`. stream 0 is the prior's, 1.. the decoder's.
 
     They depend on the seed and the image only, not on the batch, the processes or the pictures before. (The original
     seeds once, so its picture i changes with all that was drawn earlier.)
     """
-    generator = torch.Generator().manual_seed(1_000_000 * args.seed + int(image))
-    return [torch.randn(shape, generator=generator) for shape in (latent, tokens, tokens, (args.prior_steps, *tokens))]
+    mixed = np.random.SeedSequence([seed, int(image), stream]).generate_state(1)  # torch looks at 32 bits of a seed
+    generator = torch.Generator().manual_seed(int(mixed[0]))
+    return [torch.randn(shape, generator=generator) for shape in shapes]
 
 
-def make_schedule(saved, name: str, steps: int, device: torch.device | str):
-    """The noise levels and the solver; `saved` is the decoder's own scheduler and knows what its UNet predicts."""
-    if name == "dpm":  # second order: a few steps do
-        schedule = DPMSolverMultistepScheduler.from_config(saved.config, timestep_spacing="trailing")
-        schedule.set_timesteps(steps, device=device)
-        return schedule
-    # No timestep_spacing of diffusers gives the original's levels (999, 972, 946, ..., 26 for 38), so they are named.
-    # "leading" only decides how large the first noise is: sqrt(1 + sigma^2), again as in the original.
-    schedule = EulerDiscreteScheduler.from_config(saved.config, timestep_spacing="leading")
-    last = saved.config.num_train_timesteps - 1
-    schedule.set_timesteps(timesteps=np.linspace(last, 0, steps, endpoint=False).astype(int).tolist(), device=device)
-    return schedule
+def batch_noise(images: np.ndarray, seed: int, shapes: list[tuple[int, ...]], stream: int, device) -> list[Tensor]:
+    """`noise_of` B images, stacked: a tensor (B, ..) for each of `shapes`."""
+    return [torch.stack(part).to(device) for part in zip(*(noise_of(i, seed, shapes, stream) for i in images),
+                                                         strict=True)]
+
+
+@torch.no_grad()
+def read_brains(model: MindEye2, ridge: int, brains: SimpleNamespace, rows: slice, args: argparse.Namespace) -> dict:
+    """Pass 1 for a batch of B images: backbones, clipvoxels, prior_out (B, S, D), blurry_latents (B, 4, L, L)."""
+    device, tokens = next(model.parameters()).device, model.backbone.token_shape
+    shapes = [tokens, (args.prior_steps, *tokens)]
+    start, steps = batch_noise(brains.ids[rows], args.seed, shapes, 0, device)  # (B, S, D), (B, steps, S, D)
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        brain = embed_images(model, brains.voxels, brains.positions[rows], ridge)
+        prior_out = model.diffusion_prior.sample(brain["backbone"].to(device), args.prior_steps, start,
+                                                 steps.transpose(0, 1))  # DDIM leaves two of the steps' draws unused
+    out = {"backbones": brain["backbone"].half(), "clipvoxels": brain["clip_voxels"].half(), "prior_out": prior_out}
+    return out | ({"blurry_latents": brain["blurry_latents"]} if args.blurry_recon else {})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pass 3: tokens -> pictures
+
+def noise_levels(scheduler, steps: int) -> tuple[Tensor, Tensor]:
+    """The original's timesteps (steps,), 999, 972, .., 26 for 38, and their sigmas (steps + 1,), 14.6 .. 0.16, 0.
+
+    sigma is the noise's standard deviation when the picture's own is 1. No timestep_spacing of diffusers' Euler
+    scheduler gives these levels; so they, and the loop below, are written out.
+    """
+    count = scheduler.config.num_train_timesteps
+    timesteps = torch.from_numpy(np.linspace(count - 1, 0, steps, endpoint=False).astype(int))
+    kept = scheduler.alphas_cumprod[timesteps].double()  # share of the variance that is still the picture's
+    return timesteps, torch.cat((((1 - kept) / kept).sqrt(), torch.zeros(1, dtype=torch.float64)))
+
+
+def euler(predict: Callable, x: Tensor, scheduler, steps: int) -> Tensor:
+    """Denoise x (B, 4, L, L), of variance 1, in `steps` straight steps along dx / dsigma = noise (Karras et al. 2022).
+
+    predict(x of variance 1, t) is what the UNet was trained to tell, as the scheduler's config names it: the noise
+    (epsilon), or the velocity.
+    """
+    timesteps, sigmas = noise_levels(scheduler, steps)
+    x = x * (sigmas[0] ** 2 + 1).sqrt()
+    for t, sigma, following in zip(timesteps, sigmas[:-1], sigmas[1:], strict=True):
+        scaled = x / (sigma**2 + 1).sqrt()
+        noise = predict(scaled, t.to(x.device))
+        if scheduler.config.prediction_type == "v_prediction":
+            noise = (noise + sigma * scaled) / (sigma**2 + 1).sqrt()
+        x = x + (following - sigma) * noise
+    return x
+
+
+def dpm(predict: Callable, x: Tensor, scheduler, steps: int) -> Tensor:
+    """The same by DPM-Solver++ (Lu et al. 2022), of second order: it looks back one step, so a few steps do."""
+    solver = DPMSolverMultistepScheduler.from_config(scheduler.config, timestep_spacing="trailing")
+    solver.set_timesteps(steps, device=x.device)
+    for t in solver.timesteps:
+        x = solver.step(predict(x, t), t, x).prev_sample
+    return x
 
 
 @torch.no_grad()
 def draw(
-    unclip: SimpleNamespace, tokens: Tensor, noise: Tensor, unconditional: Tensor | None = None,
-    steps: int = 38, guidance: float = 5.0, scheduler: str = "euler",
+    unclip: SimpleNamespace, tokens: Tensor, start: Tensor, unconditional: Tensor | None = None,
+    steps: int = 38, guidance: float = 5.0, scheduler: str = "euler", one_by_one: bool = False,
 ) -> Tensor:
     """Pictures (B, 3, H, W) in [0, 1] of image tokens (B, S, D), by the unCLIP decoder of `load_unclip` (2.4).
 
-    noise (B, 4, L, L) of variance 1 is where each picture starts, H = 8 L. unconditional (B, S, D): random tokens,
-    needed if guidance is not 1.
+    start (B, 4, L, L) of variance 1 is where each picture starts, H = 8 L. unconditional (B, S, D): random tokens,
+    needed if guidance is not 1. one_by_one evaluates the two halves of guidance in turn: half the memory.
     """
     unet, vae = unclip.unet, unclip.vae
-    schedule = make_schedule(unclip.scheduler, scheduler, steps, noise.device)
-    guided = guidance != 1
-    # Guidance wants to know what the UNet draws without a prompt, but it was never trained without one: there is no
-    # empty prompt. Random tokens stand for "any picture", drawn once and kept for all steps.
-    prompt = (torch.cat((unconditional, tokens)) if guided else tokens).to(unet.dtype)           # (2B, S, D)
-    size = noise.shape[-1] * 2 ** (len(vae.config.block_out_channels) - 1)
-    vector = unclip_vector(unet.config.projection_class_embeddings_input_dim, size).to(prompt)   # (1, 1024)
-    vector = vector.expand(len(prompt), -1)                                                      # (2B, 1024)
-    x = noise * schedule.init_noise_sigma                                                        # (B, 4, L, L)
-    for t in schedule.timesteps:
-        seen = schedule.scale_model_input(x, t)                                                  # variance 1 again
-        seen = torch.cat((seen, seen)) if guided else seen                                       # (2B, 4, L, L)
-        prediction = unet(seen.to(unet.dtype), t, prompt, class_labels=vector).sample.float()    # (2B, 4, L, L)
-        if guided:
-            blind, told = prediction.chunk(2)
-            prediction = blind + guidance * (told - blind)                                       # (B, 4, L, L)
-        x = schedule.step(prediction, t, x).prev_sample                                          # (B, 4, L, L)
-    pixels = vae.decode(x / vae.config.scaling_factor).sample                                    # (B, 3, 8 L, 8 L)
+    size = start.shape[-1] * 2 ** (len(vae.config.block_out_channels) - 1)
+    vector = frozen.unclip_vector(unet.config.projection_class_embeddings_input_dim, size)       # (1, 1024)
+
+    def run_unet(x: Tensor, t: Tensor, prompt: Tensor) -> Tensor:
+        labels = vector.to(x.device, unet.dtype).expand(len(x), -1)                              # (B, 1024)
+        return unet(x.to(unet.dtype), t, prompt.to(unet.dtype), class_labels=labels).sample.float()
+
+    def predict(x: Tensor, t: Tensor) -> Tensor:
+        """(B, 4, L, L) -> (B, 4, L, L), guided: away from what the UNet would draw without a prompt."""
+        if guidance == 1:
+            return run_unet(x, t, tokens)
+        # It was never trained without one: there is no empty prompt. Random tokens stand for "any picture", drawn
+        # once and kept for all steps.
+        if one_by_one:
+            blind, told = run_unet(x, t, unconditional), run_unet(x, t, tokens)
+        else:
+            both = run_unet(torch.cat((x, x)), t, torch.cat((unconditional, tokens)))            # (2 B, 4, L, L)
+            blind, told = both.chunk(2)
+        return blind + guidance * (told - blind)
+
+    x = (euler if scheduler == "euler" else dpm)(predict, start, unclip.scheduler, steps)        # (B, 4, L, L)
+    pixels = vae.decode(x.float() / vae.config.scaling_factor).sample                            # (B, 3, 8 L, 8 L)
     # Scale and shift are .5 for a decoder that draws in [-1, 1]. The released one has .8 and .2, found by hand: its
-    # prompts here are tokens of washed-out pictures (model.clip_preprocess), in its training they were of plain ones.
+    # prompts here are tokens of washed-out pictures (frozen.clip_preprocess), in its training they were of plain ones.
     return (pixels * unclip.output_scale + unclip.output_shift).clamp(0, 1)
 
 
-def resized(pictures: Tensor, size: int) -> Tensor:
-    """(B, 3, H, H) -> (B, 3, size, size); without antialiasing, as the torchvision of the paper's code had it."""
-    return F.interpolate(pictures, (size, size), mode="bilinear", align_corners=False, antialias=False)
+def start_latents(z: Tensor, noise: Tensor, offset: Tensor, sigma: float) -> Tensor:
+    """Where the original's sampler starts, scaled to variance 1: z, noise (B, 4, L, L) and offset (B,), all N(0, 1).
+
+    Its code is for changing pictures, z being the picture; to draw a new one it passes noise for z as well. `offset`
+    shifts all of a picture, as in the decoder's training ("offset noise": else no picture is ever very dark).
+    """
+    noise = noise + 0.04 * offset[:, None, None, None]
+    return (z + sigma * noise) / (1 + sigma**2) ** 0.5  # (B, 4, L, L)
+
+
+def check_decoder(args: argparse.Namespace, token_dim: int) -> None:
+    """Mistakes that loading or drawing would only find after the first pass. Raises UserError."""
+    config, scheduler = frozen.unclip_configs(args.unclip)
+    if config["cross_attention_dim"] != token_dim:
+        raise UserError(f"{args.unclip} needs tokens of {config['cross_attention_dim']} channels, ours have "
+                        f"{token_dim}: name another --unclip.")
+    if args.steps >= (trained := scheduler["num_train_timesteps"]):
+        raise UserError(f"--steps must be below {trained}, the number of noise levels that {args.unclip} knows.")
+
+
+def load_decoder(args: argparse.Namespace, device: torch.device) -> SimpleNamespace:
+    """The unCLIP decoder, and as its .clip the judge of --n_samples (None for one)."""
+    # bfloat16 halves the UNet's 10 GB. Its 8 bits would show as bands in a picture, so the VAE stays in float32.
+    unclip = frozen.load_unclip(args.unclip, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    unclip.vae.float().enable_slicing()  # one picture at a time: at 768 pixels each needs gigabytes
+    if args.low_memory:
+        unclip.vae.enable_tiling()
+    unclip.clip = frozen.load_clip(args.cache_dir, device) if args.n_samples > 1 else None
+    return unclip
 
 
 @torch.no_grad()
-def reconstruct(
-    model: MindEye2, ridge: int, unclip: SimpleNamespace, voxels: Tensor, images: np.ndarray,
-    positions: list[np.ndarray], args: argparse.Namespace,
-) -> dict[str, Tensor]:
-    """The output of a batch of B images, on the CPU: recons, blurryrecons (B, 3, H, W), clipvoxels (B, S, D)."""
-    device, side = next(model.parameters()).device, unclip.unet.config.sample_size
-    latent = (unclip.unet.config.in_channels, side, side)
-    noise = zip(*(draw_noise(image, args, model.backbone.token_shape, latent) for image in images), strict=True)
-    start, unconditional, prior_start, prior_steps = (torch.stack(part).to(device) for part in noise)
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        brain = embed_images(model, voxels, positions, ridge)
-        prior_steps = prior_steps.transpose(0, 1)  # (steps, B, S, D), of which DDIM leaves two unused
-        tokens = model.diffusion_prior.sample(brain["backbone"], args.prior_steps, prior_start, prior_steps)
-    pictures = draw(unclip, tokens, start, unconditional, args.steps, args.guidance, args.scheduler)
-    size = min(pictures.shape[-1], MAX_SIZE)
-    out = {"recons": resized(pictures, size)}
-    if unclip.blurry_vae is not None:
-        out["blurryrecons"] = resized(decode_latents(unclip.blurry_vae, brain["blurry_latents"]), size)
-    return {name: x.cpu() for name, x in out.items()} | {"clipvoxels": brain["clip_voxels"].half().cpu()}
+def draw_recons(unclip: SimpleNamespace, brains: SimpleNamespace, rows: slice, args: argparse.Namespace,
+                brain: dict) -> dict:
+    """Pass 3 for a batch of B images: recons (B, 3, H, W), the best of --n_samples.
+
+    "Best" is what MindEye1 called second-order selection: the brain's retrieval tokens, which saw no prior, pick the
+    picture whose CLIP tokens are nearest to them.
+    """
+    device, side = unclip.unet.device, unclip.unet.config.sample_size
+    tokens, latent = brain["prior_out"].to(device), (unclip.unet.config.in_channels, side, side)
+    sigma = noise_levels(unclip.scheduler, 1)[1][0].item()
+    wanted = F.normalize(brain["clipvoxels"].flatten(1).float(), dim=1)  # (B, S * D)
+    candidates, scores = [], []
+    for sample in range(args.n_samples):
+        shapes = [latent, tuple(tokens.shape[1:]), latent, ()]  # in the original's order
+        z, unconditional, noise, offset = batch_noise(brains.ids[rows], args.seed, shapes, 1 + sample, device)
+        start = start_latents(z, noise, offset, sigma)
+        pictures = draw(unclip, tokens, start, unconditional, args.steps, args.guidance, args.scheduler,
+                        args.low_memory)
+        candidates.append(resized(pictures, min(pictures.shape[-1], MAX_SIZE)).cpu())
+        if unclip.clip is not None:
+            drawn = F.normalize(unclip.clip.tokens(pictures).flatten(1).float().cpu(), dim=1)
+            scores.append((wanted * drawn).sum(1))  # (B,)
+    if not scores:
+        return {"recons": candidates[0]}
+    best = torch.stack(scores).argmax(0)  # (B,)
+    return {"recons": torch.stack(candidates)[best, torch.arange(len(best))]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Output
+# Passes in batches, each a file until all is done
 
 def save(path: Path, value: object) -> None:
     with replacing(path) as temporary, open(temporary, "wb") as file:
         torch.save(value, file)
 
 
-def gather(batches: list[dict[str, Tensor]], prefix: str, state: PartialState) -> list[dict[str, Tensor]]:
-    """On process 0: the batches of all processes, in order, through files (a GPU might not hold them all at once)."""
-    if state.num_processes == 1:
-        return batches
-    parts = [Path(f"{prefix}_part{rank}.pt") for rank in range(state.num_processes)]
-    save(parts[state.process_index], batches)
+def open_parts(folder: Path, args: argparse.Namespace, state: PartialState) -> None:
+    """Make the folder of finished batches; those of a run with other flags or another checkpoint are thrown away."""
+    if state.is_main_process:
+        checkpoint = Path(args.train_logs) / args.model_name / f"{args.tag}.pth"
+        stamp = [checkpoint.stat().st_mtime_ns, checkpoint.stat().st_size] if checkpoint.exists() else []
+        run = json.dumps(vars(args) | {"checkpoint": stamp}, default=str, indent=1)
+        note = folder / "run.json"
+        if folder.exists() and not (note.exists() and note.read_text() == run):
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(note) as temporary:
+            temporary.write_text(run)
     state.wait_for_everyone()
-    batches = []
-    for part in parts if state.is_main_process else ():
-        batches += torch.load(part, weights_only=True)
-        part.unlink()
-    return batches
 
 
-def save_grid(path: Path, rows: dict[str, Tensor], images: np.ndarray) -> None:
-    """One picture file: a labelled row for each entry of rows {label: (columns, 3, H, H)}, image numbers above."""
-    columns, size = len(images), 256
-    strips = [resized(x.float(), size).permute(2, 0, 3, 1).flatten(1, 2) for x in rows.values()]
-    figure = Figure(figsize=(1.3 * columns + 1.2, 1.3 * len(rows) + 0.4), dpi=120, layout="constrained")
-    axes = figure.add_subplot()
-    axes.imshow(torch.cat(strips).numpy(), aspect="equal")  # (rows * size, columns * size, 3)
-    axes.set_yticks([size * (i + 0.5) for i in range(len(rows))], list(rows), fontsize=13)
-    axes.set_xticks([size * (i + 0.5) for i in range(columns)], [str(image) for image in images], fontsize=8)
-    axes.tick_params(length=0, labeltop=True, labelbottom=False)
+def run_pass(name: str, folder: Path, batches: list[slice], state: PartialState, load: Callable, work: Callable):
+    """work(network, rows, what pass 1 found for them) -> dict, for all batches; the processes take them in turn."""
+    todo = [i for i in range(state.process_index, len(batches), state.num_processes)
+            if not (folder / f"{name}_{i:05d}.pt").exists()]
+    network = load() if todo else None
+    done = sum(rows.stop - rows.start for rows in batches[state.process_index :: state.num_processes])
+    left = sum(batches[i].stop - batches[i].start for i in todo)
+    with tqdm(total=done, initial=done - left, desc=name, unit="image", disable=not state.is_main_process) as bar:
+        for i in todo:
+            brain = None if name == "brain" else torch.load(folder / f"brain_{i:05d}.pt", weights_only=True)
+            out = work(network, batches[i], brain)
+            save(folder / f"{name}_{i:05d}.pt", {k: v.cpu() if isinstance(v, Tensor) else v for k, v in out.items()})
+            bar.update(batches[i].stop - batches[i].start)
+    del network
+    if torch.cuda.is_available():  # the next network needs the place
+        gc.collect()
+        torch.cuda.empty_cache()
+    state.wait_for_everyone()
+
+
+def collect(folder: Path, names: list[str], count: int) -> dict[str, Tensor | np.ndarray]:
+    """All batches of all passes, in order: {output: (n, ..)}; tokens as float16."""
+    arrays = {}
+    for name in names:
+        parts = [torch.load(folder / f"{name}_{i:05d}.pt", weights_only=True) for i in range(count)]
+        for key in parts[0]:
+            if isinstance(parts[0][key], Tensor):
+                arrays[key] = torch.cat([part[key] for part in parts])
+            else:
+                arrays[key] = np.array([text for part in parts for text in part[key]])
+    arrays["prior_out"] = arrays["prior_out"].half()
+    arrays.pop("blurry_latents", None)
+    return arrays
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Output
+
+def save_grid(path: Path, rows: list[tuple[str, Tensor, list[str]]], titles: list[str]) -> None:
+    """One picture file: a row of pictures (columns, 3, H, H) with its label and, under each, a text ("" = none)."""
+    columns, captions = len(titles), [0.5 if any(texts) else 0 for _, _, texts in rows]
+    height = 0.2 + len(rows) + sum(captions)  # in pictures, as all lengths here
+    figure = Figure(figsize=(1.3 * (columns + 1), 1.3 * height), dpi=110)
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(-1, columns), ylim=(height, 0), frame_on=False)
+    for i, title in enumerate(titles):
+        axes.text(i + 0.5, 0.1, title, fontsize=8, ha="center", va="center")
+    top = 0.2
+    for (label, pictures, texts), caption in zip(rows, captions, strict=True):
+        strip = resized(pictures, min(256, 4 * pictures.shape[-1])).permute(2, 0, 3, 1)  # (H, columns, H, 3)
+        strip = strip.flatten(1, 2)  # (H, columns * H, 3)
+        axes.imshow(strip.numpy(), extent=(0, columns, top + 0.98, top), aspect="auto")
+        axes.text(-0.06, top + 0.5, label, fontsize=10, ha="right", va="center")
+        for i, text in enumerate(texts):
+            axes.text(i + 0.5, top + 1.0, textwrap.fill(text, 20), fontsize=6.5, ha="center", va="top")
+        top += 1 + caption
+    axes.set(xlim=(-1, columns), ylim=(height, 0))
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png")
 
 
-def write(prefix: str, arrays: dict[str, Tensor], seen: Tensor, images: np.ndarray) -> None:
+def write(prefix: str, arrays: dict, brains: SimpleNamespace) -> None:
+    """All files of the run; what an earlier run left and this one does not make would be taken for this one's."""
+    for name in ("blurryrecons", "predcaptions"):
+        if name not in arrays:
+            Path(f"{prefix}_all_{name}.pt").unlink(missing_ok=True)
     for name, array in arrays.items():
         save(Path(f"{prefix}_all_{name}.pt"), array)
-    if "blurryrecons" not in arrays:  # an earlier run's would be taken for this one's
-        Path(f"{prefix}_all_blurryrecons.pt").unlink(missing_ok=True)
-    labels = {"blurryrecons": "blurry", "recons": "reconstructed"}
-    rows = {"seen": seen} | {label: arrays[name][: len(seen)] for name, label in labels.items() if name in arrays}
-    save_grid(Path(f"{prefix}_grid.png"), rows, images[: len(seen)])
+    captions = list(arrays.get("predcaptions", [""] * len(brains.ids)))
+    if brains.seen is None:  # stimuli: a column each, the draws below each other
+        count = len(brains.names)
+        rows = [(f"draw {k + 1}", arrays["recons"][k * count : (k + 1) * count], captions[k * count : (k + 1) * count])
+                for k in range(DRAWS)]
+        save_grid(Path(f"{prefix}_grid.png"), rows, brains.names)
+    else:
+        count = len(brains.seen)
+        rows = [("seen", brains.seen, [""] * count), ("reconstructed", arrays["recons"][:count], captions[:count])]
+        if "blurryrecons" in arrays:
+            rows.insert(1, ("blurry", arrays["blurryrecons"][:count], [""] * count))
+        save_grid(Path(f"{prefix}_grid.png"), rows, brains.names[:count])
     print(f"wrote {prefix}_all_{{{','.join(arrays)}}}.pt and {prefix}_grid.png")
 
 
 def main(argv: list[str] | None = None) -> dict[str, Tensor]:
-    """Returns {image_ids (n,), recons, blurryrecons, clipvoxels} as written; {} on processes other than the first."""
+    """Returns {image_ids (n,), and what was written: recons, ..}; {} on processes other than the first."""
     args, state = parse(argv), PartialState(cpu=not torch.cuda.is_available())
-    trials = load_trials(args.data_path, args.subj, "new_test" if args.new_test else "test")
-    images, positions = (part[: args.num_images] for part in repeats(trials))
-    seen = Images(args.data_path)[images[:GRID_COLUMNS]]  # (16, 3, H, W), read early: the rest takes long
+    device = state.device
+    brains = stimulated_brains(args) if args.stimulate else seen_brains(args)
     model, ridge = load_model(args, num_voxels(args.data_path, args.subj))
-    unclip = load_decoders(args, model, state.device)
-    model, voxels = model.to(state.device), load_voxels(args.data_path, trials)  # (trials, V)
+    if state.is_local_main_process:  # may convert the released decoder: once
+        check_decoder(args, model.backbone.token_shape[1])
+    frozen.check_files(args.cache_dir, vae=args.blurry_recon, captioner=args.captions)
+    prefix = str(Path(args.evals) / args.model_name / args.model_name) + ("_stimuli" if args.stimulate else "")
+    folder = Path(f"{prefix}_parts")
+    open_parts(folder, args, state)
+    count = len(brains.ids)
+    batches = [slice(first, min(first + args.batch_size, count)) for first in range(0, count, args.batch_size)]
 
-    mine, batches = np.array_split(np.arange(len(images)), state.num_processes)[state.process_index], []
-    with tqdm(total=len(mine), desc="reconstructing", unit="image", disable=not state.is_main_process) as bar:
-        for first in range(0, len(mine), args.batch_size):
-            rows = mine[first : first + args.batch_size]
-            batch = images[rows], [positions[row] for row in rows]
-            batches.append(reconstruct(model, ridge, unclip, voxels, *batch, args))
-            bar.update(len(rows))
+    def to_device() -> MindEye2:
+        return model.to(device, torch.bfloat16 if args.low_memory and device.type == "cuda" else torch.float32)
 
-    prefix = str(Path(args.evals) / args.model_name / args.model_name)
-    batches = gather(batches, prefix, state)
+    run_pass("brain", folder, batches, state, to_device,
+             lambda net, rows, _: read_brains(net, ridge, brains, rows, args))
+    model, names = None, ["brain", "recons"]  # its memory is free for the next network
+    if args.captions:
+        run_pass("captions", folder, batches, state, lambda: frozen.load_captioner(args.cache_dir, device),
+                 lambda git, rows, brain: {"predcaptions": git.caption(brain["prior_out"].to(device))})
+        names.append("captions")
+    run_pass("recons", folder, batches, state, lambda: load_decoder(args, device),
+             lambda unclip, rows, brain: draw_recons(unclip, brains, rows, args, brain))
+    if args.blurry_recon:
+        def decode_blurry(vae, rows, brain) -> dict:
+            pictures = frozen.decode_latents(vae, brain["blurry_latents"].to(device))
+            return {"blurryrecons": resized(pictures, min(pictures.shape[-1], MAX_SIZE))}
+        run_pass("blurry", folder, batches, state, lambda: frozen.load_vae(args.cache_dir, device), decode_blurry)
+        names.append("blurry")
     if not state.is_main_process:
         return {}
-    arrays = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
-    write(prefix, arrays, seen, images)
-    return {"image_ids": torch.from_numpy(images)} | arrays
+    arrays = collect(folder, names, len(batches))
+    write(prefix, arrays, brains)
+    shutil.rmtree(folder)
+    return {"image_ids": torch.from_numpy(brains.ids)} | arrays
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ VAE and an SDXL fine-tuned to take CLIP tokens (paper §2.1-2.4). Their toy twin
 procedural scenes. The repository ships the result in toy_networks/, so you need this file only to change a network:
 
     python toy.py --train_frozen              # ten minutes on an H100, hours on a CPU; writes toy_networks/
+    python toy_networks.py git                # one of them anew, on those that are there
 
 | folder         | saved by                     | maps                                                              |
 |----------------|------------------------------|-------------------------------------------------------------------|
@@ -12,6 +13,8 @@ procedural scenes. The repository ships the result in toy_networks/, so you need
 | teacher/       | transformers ConvNextModel   | picture -> 2 x 2 places x 512 features that survive colour jitter |
 | unclip/vae     | diffusers AutoencoderKL      | picture <-> latents (4, 8, 8)                                     |
 | unclip/unet    | diffusers UNet2DCondition    | noisy latents + CLIP tokens -> velocity                           |
+| git/           | transformers GitForCausalLM  | CLIP tokens -> caption, word by word                              |
+| bigG_to_L_epoch8.pth | torch, as released     | CLIP tokens -> 17 tokens, as GIT's own image encoder would give   |
 | SHA256SUMS     |                              | checked before the weights are used                               |
 
 What made them good enough to look at (each was worth more than a bigger network):
@@ -23,6 +26,7 @@ What made them good enough to look at (each was worth more than a bigger network
 The shipped weights were made by this code on an H100 in 200 s (CLIP and VAE side by side) and 290 s (UNet, in two
 runs of 5,120 and 5,600 steps instead of one of 11,000). From true tokens they draw unseen scenes at PixCorr .995.
 """
+import argparse
 import hashlib
 import json
 import shutil
@@ -36,26 +40,27 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from tqdm import tqdm
-from transformers import ConvNextConfig, ConvNextModel, PreTrainedTokenizerFast
+from transformers import ConvNextConfig, ConvNextModel, GitConfig, GitForCausalLM, PreTrainedTokenizerFast
 
-import model
+import frozen
 import toy
 
 NUM_SCENES = 60_000
-STEPS = {"clip": 9000, "teacher": 1500, "vae": 4500, "unet": 11000}
-BATCH = {"clip": 512, "teacher": 256, "vae": 128, "unet": 512}
-MAX_LR = {"clip": 1e-3, "teacher": 1e-3, "vae": 8e-4, "unet": 6e-4}
+STEPS = {"clip": 9000, "teacher": 1500, "vae": 4500, "unet": 11000, "git": 3000}
+BATCH = {"clip": 512, "teacher": 256, "vae": 128, "unet": 512, "git": 128}
+MAX_LR = {"clip": 1e-3, "teacher": 1e-3, "vae": 8e-4, "unet": 6e-4, "git": 2e-3}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# One training loop for all four
+# One training loop for all
 # ---------------------------------------------------------------------------------------------------------------------
-def train(name: str, network: nn.Module, loss_fn, device: str, scale: float = 1.0) -> nn.Module:
+def train(name: str, network: nn.Module, loss_fn, device: str, scale: float = 1.0, graph: bool = True) -> nn.Module:
     """Minimise loss_fn() over network's parameters; return its moving average (decay .999), which draws cleaner."""
     total = max(2, int(STEPS[name] * scale))
     parameters = [p for p in network.parameters() if p.requires_grad]
     average = [p.detach().clone() for p in parameters]
     lr = torch.tensor(MAX_LR[name], device=device)  # a tensor, so that the graph reads each step's value
+    graph = graph and device == "cuda"
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=.01, betas=(.9, .99), capturable=device == "cuda")
 
     def step() -> torch.Tensor:
@@ -68,7 +73,7 @@ def train(name: str, network: nn.Module, loss_fn, device: str, scale: float = 1.
         torch._foreach_lerp_(average, parameters, .001)
         return loss.detach()
 
-    step = capture(step) if device == "cuda" else step
+    step = capture(step) if graph else step
     bar = tqdm(range(total), desc=f"training {name}", mininterval=2)
     for i in bar:
         warmup, left = min(1, (i + 1) / 200), 1 - i / total
@@ -144,7 +149,7 @@ def train_clip(images: torch.Tensor, scenes: toy.Scenes, folder: Path, device: s
     def loss() -> torch.Tensor:
         rows = torch.randint(len(images), (BATCH["clip"],), device=device)
         pictures = images[rows].float() / 255
-        pooled, tokens = clip.visual(model.clip_preprocess(pictures, patch * 4))  # (B, 64), (B, 16, 64)
+        pooled, tokens = clip.visual(frozen.clip_preprocess(pictures, patch * 4))  # (B, 64), (B, 16, 64)
         image_vector = F.normalize(pooled.float(), dim=-1)
         text_vector = F.normalize(clip.encode_text(words[rows]).float(), dim=-1)
         logits = clip.logit_scale.exp().clamp(max=100) * image_vector @ text_vector.T  # (B, B)
@@ -157,7 +162,7 @@ def train_clip(images: torch.Tensor, scenes: toy.Scenes, folder: Path, device: s
         return contrast + .5 * attributes + 20 * F.mse_loss(heads["patch"](tokens), patches)
 
     train("clip", both, loss, device, scale)
-    preprocess = {"mean": model.CLIP_MEAN, "std": model.CLIP_STD}
+    preprocess = {"mean": frozen.CLIP_MEAN, "std": frozen.CLIP_STD}
     (folder / "open_clip_config.json").write_text(
         json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}, indent=1))
     save_half(clip.state_dict(), folder / "open_clip_model.safetensors")
@@ -170,7 +175,7 @@ def train_teacher(images: torch.Tensor, folder: Path, device: str, scale: float)
     """Like VICRegL: the features of a place must find that place in a recoloured copy, among all other places."""
     teacher = ConvNextModel(ConvNextConfig(hidden_sizes=[24, 48, 96, 512], depths=[1, 1, 2, 0], image_size=64,
                                            layer_scale_init_value=0.)).to(device)
-    mean, std = (torch.tensor(v, device=device).reshape(3, 1, 1) for v in (model.TEACHER_MEAN, model.TEACHER_STD))
+    mean, std = (torch.tensor(v, device=device).reshape(3, 1, 1) for v in (frozen.TEACHER_MEAN, frozen.TEACHER_STD))
 
     def recolour(x: torch.Tensor) -> torch.Tensor:
         brightness, contrast, saturation = (torch.empty(len(x), 1, 1, 1, device=device).uniform_(.6, 1.4)
@@ -221,7 +226,7 @@ def train_vae(images: torch.Tensor, folder: Path, device: str, scale: float) -> 
 
 def train_unclip(images: torch.Tensor, out: Path, device: str, scale: float) -> None:
     """Latents from CLIP tokens alone: SDXL's UNet in small, no text; size and crop are a vector (of 64, not 1024)."""
-    clip, vae = model.load_clip(out, device), AutoencoderKL.from_pretrained(out / "unclip/vae").to(device)
+    clip, vae = frozen.load_clip(out, device), AutoencoderKL.from_pretrained(out / "unclip/vae").to(device)
     unet = UNet2DConditionModel(
         sample_size=8, block_out_channels=(64, 128), layers_per_block=2, transformer_layers_per_block=1,
         down_block_types=["CrossAttnDownBlock2D"] * 2, up_block_types=["CrossAttnUpBlock2D"] * 2,
@@ -232,9 +237,9 @@ def train_unclip(images: torch.Tensor, out: Path, device: str, scale: float) -> 
     with torch.no_grad():  # both frozen networks see each picture once
         chunks = [c.float() / 255 for c in images.split(500)]
         tokens = torch.cat([clip.tokens(c.to(device)) for c in tqdm(chunks, desc="CLIP tokens")])  # (n, 16, 64)
-        latents = torch.cat([model.encode_latents(vae, c.to(device)) for c in tqdm(chunks, desc="latents")])
+        latents = torch.cat([frozen.encode_latents(vae, c.to(device)) for c in tqdm(chunks, desc="latents")])
     spread = tokens.std()
-    vector = model.unclip_vector(unet.config.projection_class_embeddings_input_dim, 64).to(device)  # (1, 64)
+    vector = frozen.unclip_vector(unet.config.projection_class_embeddings_input_dim, 64).to(device)  # (1, 64)
     alphas = scheduler.alphas_cumprod.to(device)
 
     def loss() -> torch.Tensor:
@@ -256,8 +261,48 @@ def train_unclip(images: torch.Tensor, out: Path, device: str, scale: float) -> 
     unet.half().save_pretrained(out / "unclip/unet")
     scheduler.save_pretrained(out / "unclip/scheduler")
     # Trained on the same washed-out tokens that MindEye2 predicts, so VAE output in [-1, 1] maps back plainly;
-    # the released decoder needs .8 and .2 instead (model.load_unclip).
+    # the released decoder needs .8 and .2 instead (frozen.load_unclip).
     (out / "unclip/model_index.json").write_text(json.dumps({"output_scale": .5, "output_shift": .5}))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Captioner (paper §2.4)
+# ---------------------------------------------------------------------------------------------------------------------
+def train_git(images: torch.Tensor, scenes: toy.Scenes, out: Path, device: str, scale: float) -> None:
+    """GIT and the converter in front of it learn together to say a picture's caption from its CLIP tokens.
+
+    (The real GIT was trained on pictures, then the converter alone, to give it what its own CLIP would have.)
+    """
+    clip, tokenizer = frozen.load_clip(out, device), build_tokenizer(out / "git")
+    config = GitConfig(
+        vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=3, num_attention_heads=4, intermediate_size=256,
+        max_position_embeddings=24, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        vision_config={"hidden_size": 64, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1,
+                       "image_size": 64, "patch_size": 16})
+    git, converter = GitForCausalLM(config), frozen.CLIPConverter(clip.seq_dim, clip.seq_dim + 1, clip.emb_dim, 64)
+    image_encoder = git.git.image_encoder  # never used, but a GIT folder without it would not be a GIT folder
+    captioner = frozen.Captioner(git, converter, tokenizer).to(device)
+    words = tokenizer(scenes.captions(), padding=True, return_tensors="pt").input_ids.to(device)  # (n, 15)
+    with torch.no_grad():
+        chunks = tqdm(images.split(500), desc="CLIP tokens")
+        tokens = torch.cat([clip.tokens(c.to(device).float() / 255) for c in chunks])  # (n, 16, 64)
+    spread = tokens.std()
+
+    def loss() -> torch.Tensor:
+        rows = torch.randint(len(tokens), (BATCH["git"],), device=device)
+        context, said = tokens[rows], words[rows]
+        u = torch.rand(len(context), 1, 1, device=device)  # as for the decoder: the brain's tokens are not perfect
+        context = context + spread * torch.randn_like(context) * .6 * (u - .5).clamp(min=0)
+        logits = captioner.git(input_ids=said, pixel_values=converter(context)[:, None]).logits  # (B, 17 + 15, words)
+        logits = logits[:, -said.shape[1]:-1].flatten(0, 1).float()  # each word foretells the next
+        return F.cross_entropy(logits, said[:, 1:].flatten(), ignore_index=tokenizer.pad_token_id)
+
+    train("git", nn.ModuleList([git, converter]), loss, device, scale, graph=False)
+    git.git.image_encoder = image_encoder
+    git.half().save_pretrained(out / "git")
+    state = {name: x.half().cpu() for name, x in converter.state_dict().items()}
+    torch.save({"model_state_dict": state}, out / "bigG_to_L_epoch8.pth")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -271,20 +316,41 @@ def write_hashes(folder: Path) -> None:
     (folder / "SHA256SUMS").write_text("\n".join(lines) + "\n")
 
 
-def train_all(out: Path, seed: int = 0, num_scenes: int = NUM_SCENES, scale: float = 1.0) -> None:
-    """Train the four networks and write them to `out`, whole or not at all. scale < 1 shortens every training."""
+ALL = ("clip", "teacher", "vae", "unet", "git")
+
+
+def train_all(out: Path, seed: int = 0, num_scenes: int = NUM_SCENES, scale: float = 1.0, only=ALL) -> None:
+    """Train the networks named in `only`, on those that are in `out` already, and write them whole or not at all.
+
+    scale < 1 shortens every training. What is trained on another network (the UNet on CLIP and VAE, GIT on CLIP) must
+    be trained again after it.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(seed)
     building = out.with_name(out.name + ".building")
     shutil.rmtree(building, ignore_errors=True)
-    for name in ("clip", "teacher", "unclip"):
-        (building / name).mkdir(parents=True)
+    if set(only) != set(ALL):
+        shutil.copytree(out, building)
+    for name in ("clip", "teacher", "unclip", "git"):
+        (building / name).mkdir(parents=True, exist_ok=True)
     scenes = toy.draw_scenes(num_scenes, seed=10_000 + seed)  # the world's seeds are others: none of these is a test
     images = toy.render(scenes, device=device).to(device)  # (n, 3, 64, 64) uint8
-    train_clip(images, scenes, building / "clip", device, scale)
-    train_teacher(images, building / "teacher", device, scale)
-    train_vae(images, building / "unclip/vae", device, scale)
-    train_unclip(images, building, device, scale)
+    train_one = {
+        "clip": lambda: train_clip(images, scenes, building / "clip", device, scale),
+        "teacher": lambda: train_teacher(images, building / "teacher", device, scale),
+        "vae": lambda: train_vae(images, building / "unclip/vae", device, scale),
+        "unet": lambda: train_unclip(images, building, device, scale),
+        "git": lambda: train_git(images, scenes, building, device, scale),
+    }
+    for name in ALL:
+        if name in only:
+            train_one[name]()
     write_hashes(building)
     shutil.rmtree(out, ignore_errors=True)
     building.rename(out)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Train some of the toy world's frozen networks anew.")
+    parser.add_argument("networks", nargs="+", choices=ALL, help="which; each stands on those before it")
+    train_all(toy.NETWORKS, only=parser.parse_args().networks)

@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 import data
 import model as networks
+from frozen import decode_latents, encode_latents, load_clip, load_teacher, load_vae
 from model import MindEye2, UserError
 
 matplotlib.use("Agg")
@@ -130,10 +131,10 @@ def load_data(args: argparse.Namespace) -> SimpleNamespace:
 def load_targets(args: argparse.Namespace, accelerator: Accelerator, sets: SimpleNamespace) -> SimpleNamespace:
     """The frozen networks, and what they say about every image in use (data.cache_targets)."""
     device = accelerator.device
-    frozen = {"clip": networks.load_clip(args.cache_dir, device)}
+    frozen = {"clip": load_clip(args.cache_dir, device)}
     if args.blurry_recon:
-        frozen["vae"] = networks.load_vae(args.cache_dir, device)
-        frozen["teacher"] = networks.load_teacher(args.cache_dir, device)
+        frozen["vae"] = load_vae(args.cache_dir, device)
+        frozen["teacher"] = load_teacher(args.cache_dir, device)
     used = [*sets.train, sets.test] + ([sets.val] if sets.val else [])
     rows = sorted({int(row) for part in used for row in part.trials.image})
     with accelerator.main_process_first():  # one process encodes, the others then find all rows done
@@ -148,7 +149,7 @@ def fetch(targets: SimpleNamespace, rows: np.ndarray, device: torch.device, args
         images = v2.RandomApply([v2.ColorJitter(.4, .4, .4, .1)], .3)(targets.images[rows].to(device))
         batch["clip"] = targets.frozen["clip"].tokens(images)
         if "vae" in targets.frozen:
-            batch["latents"] = networks.encode_latents(targets.frozen["vae"], images)
+            batch["latents"] = encode_latents(targets.frozen["vae"], images)
     else:
         batch["clip"] = targets.clip[rows].to(device).float()  # (B, S, D)
         if "vae" in targets.frozen:
@@ -223,14 +224,7 @@ def test(model: MindEye2, part: SimpleNamespace, targets: SimpleNamespace, devic
     model.eval()
     ids, positions = data.repeats(part.trials)
     ids, positions = ids[:limit], positions[:limit]
-    outputs = {"backbone": [], "clip_voxels": [], "blurry_latents": []}
-    for rows in torch.as_tensor(np.concatenate(positions)).split(256):
-        out = model.embed(part.voxels[rows].to(device).float(), subject=0)
-        for name, parts in outputs.items():
-            if getattr(out, name) is not None:
-                parts.append(getattr(out, name).float().cpu())
-    groups = np.split(np.arange(sum(map(len, positions))), np.cumsum([len(group) for group in positions])[:-1])
-    mean = {name: data.average_repeats(torch.cat(parts), groups) for name, parts in outputs.items() if parts}
+    mean = data.embed_images(model, part.voxels, positions)
     clip_target = targets.clip[ids].float()
     brain, image = (F.normalize(x.flatten(1), dim=-1) for x in (mean["clip_voxels"], clip_target))
     similarity = brain @ image.T  # (brains, images)
@@ -268,7 +262,7 @@ def save_pictures(folder: Path, history: dict, last: dict, targets: SimpleNamesp
         return
     device = next(targets.frozen["vae"].parameters()).device
     rows = {"seen": targets.images[last["ids"][:12]],
-            "blurry": networks.decode_latents(targets.frozen["vae"], last["blurry_latents"][:12].to(device)).cpu()}
+            "blurry": decode_latents(targets.frozen["vae"], last["blurry_latents"][:12].to(device)).cpu()}
     figure, axes = plt.subplots(2, len(rows["seen"]), figsize=(len(rows["seen"]), 2.2), squeeze=False)
     for line, (name, pictures) in zip(axes, rows.items(), strict=True):
         line[0].set_title(name, size=9, loc="left")

@@ -18,6 +18,7 @@ from test_recon import IMAGES, SUBJECT, make_data, make_networks  # noqa: E402
 import data  # noqa: E402
 import evaluate as ev  # noqa: E402
 import model as m  # noqa: E402
+from frozen import load_clip  # noqa: E402
 
 EVAL = golden("eval")
 
@@ -72,7 +73,7 @@ def world(tmp_path_factory):
 
 def write_evals(world, evals, count=None, **change):
     """Perfect reconstructions: what was seen, and its tokens; returns the arguments of main."""
-    seen, clip = data.Images(world)[IMAGES], m.load_clip(world, "cpu")
+    seen, clip = data.Images(world)[IMAGES], load_clip(world, "cpu")
     arrays = {"recons": seen, "clipvoxels": clip.tokens(seen).half(), "blurryrecons": 1 - seen} | change
     (evals / "micro").mkdir(parents=True)
     for name, array in arrays.items():

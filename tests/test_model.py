@@ -3,20 +3,19 @@
 Run: python -m pytest tests/test_model.py        (under a minute on two CPU cores, no downloads)
 """
 
+import enum
 import errno
-import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
-import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import nn
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-from golden_weights import golden, golden_json, golden_tensor, load_golden  # noqa: E402
+from golden_weights import golden, golden_json, load_golden  # noqa: E402
 
 import model as m  # noqa: E402
 
@@ -390,6 +389,110 @@ def test_unreadable_checkpoints_are_user_errors(tmp_path):
         m.config_from_state_dict({})
 
 
+UNEVEN = TINY | {"hidden_dim": 15}  # its ridge has 270 numbers, which two ranks cannot share without padding
+
+
+def write_deepspeed(folder: Path, model: nn.Module, world: int = 2, **changes: object) -> None:
+    """A folder as DeepSpeed's ZeRO stage 2 leaves it; `changes` replace entries of each rank's optimizer state."""
+    folder.mkdir(parents=True)
+    parameters, every_name = dict(model.named_parameters()), dict(model.named_parameters(remove_duplicate=False))
+    frozen = {name: p.detach() for name, p in parameters.items() if not p.requires_grad}
+    trained = [name for name in parameters if name not in frozen]
+    groups = [[n for n in trained if "ridge" in n], [n for n in trained if "ridge" not in n]]
+    first_name = {id(p): name for name, p in reversed(parameters.items())}
+    # Pickles of DeepSpeed hold objects of its own classes, which are not installed where the file is read.
+    with pytest.MonkeyPatch.context() as patch:
+        bases = {"LossScaler": (), "Settings": (dict,), "Record": (list,)}
+        fake = {name: type(name, base, {"__module__": "deepspeed_fake"}) for name, base in bases.items()}
+        stage = enum.IntEnum("ZeroStageEnum", {"gradients": 2}, module="deepspeed_fake")
+        patch.setitem(sys.modules, "deepspeed_fake", SimpleNamespace(**fake, ZeroStageEnum=stage))
+        scaler = fake["LossScaler"]()
+        scaler.cur_scale = 65536
+        torch.save({
+            "module": {name: value.half() for name, value in model.state_dict().items()},
+            "param_shapes": [m.OrderedDict((n, parameters[n].shape) for n in group) for group in groups],
+            "frozen_param_fragments": frozen, "shared_params": {
+                name: first_name[id(p)] for name, p in every_name.items() if name not in parameters
+            }, "ds_config": fake["Settings"](fp16=True), "record": fake["Record"]([1, 2]),
+        }, folder / "mp_rank_00_model_states.pt")
+        flat = [torch.cat([parameters[n].detach().flatten() for n in group]) for group in groups]
+        # The first group ends with padding, the second without, as newer versions leave it out.
+        flat[0] = F.pad(flat[0], (0, -len(flat[0]) % (2 * world)), value=7.0)
+        for rank in range(world):
+            partitions = [vector.chunk(world)[rank].clone() for vector in flat]
+            torch.save({"optimizer_state_dict": {
+                "loss_scaler": scaler, "zero_stage": stage.gradients, "partition_count": [world, world],
+                "single_partition_of_fp32_groups": partitions,
+            } | changes}, folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+
+
+def test_deepspeed_folder_gives_the_trained_float32_weights(tmp_path):
+    model, folder = m.MindEye2(**UNEVEN), tmp_path / "train_logs" / "name"
+    write_deepspeed(folder / "last", model, world=2)
+    assert "deepspeed_fake" not in sys.modules
+    buffers = dict(model.named_buffers())
+    for path in (folder, folder / "last.pth", folder / "last"):
+        state = m.load_checkpoint(path)["model_state_dict"]
+        assert list(state) == list(model.state_dict())
+        for name, value in model.state_dict().items():
+            expected = value.half().float() if name in buffers else value
+            assert state[name].dtype == torch.float32 and torch.equal(state[name], expected), name
+    m.save_checkpoint(folder / "last.pth", model, epoch=5)  # a file goes before the folder
+    assert m.load_checkpoint(folder)["epoch"] == m.load_checkpoint(folder / "last.pth")["epoch"] == 5
+
+
+def test_deepspeed_ranks_are_put_in_the_order_of_their_numbers(tmp_path):
+    model = m.MindEye2(**UNEVEN, use_prior=False)
+    write_deepspeed(tmp_path / "last", model, world=11, partition_count=11)  # by name, rank 10 comes before rank 2
+    state = m.load_checkpoint(tmp_path)["model_state_dict"]
+    assert all(torch.equal(state[name], p) for name, p in model.named_parameters())
+
+
+def test_deepspeed_folder_without_ranks_gives_the_half_weights(tmp_path):
+    model = m.MindEye2(**UNEVEN)
+    write_deepspeed(tmp_path / "last", model, world=1)
+    (tmp_path / "last" / "zero_pp_rank_0_mp_rank_00_optim_states.pt").unlink()
+    state = m.load_checkpoint(tmp_path)["model_state_dict"]
+    for name, p in model.named_parameters():
+        assert torch.equal(state[name], p if not p.requires_grad else p.half().float())
+
+
+def test_unreadable_deepspeed_folders_are_user_errors(tmp_path):
+    model = m.MindEye2(**UNEVEN, use_prior=False)
+    folder, rank1 = tmp_path / "last", tmp_path / "last" / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    write_deepspeed(folder, model)
+    whole = rank1.read_bytes()
+    rank1.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(m.UserError, match=r"rank_1_mp_rank_00_optim_states.pt cannot be read.*--model_name"):
+        m.load_checkpoint(tmp_path)
+    rank1.unlink()
+    with pytest.raises(m.UserError, match=r"rank_1_mp_rank_00_optim_states.pt does not exist.*--multisubject_ckpt"):
+        m.load_checkpoint(folder, "--multisubject_ckpt")
+    rank1.write_bytes(whole)
+    (folder / "mp_rank_00_model_states.pt").rename(folder / "zero_pp_rank_0_mp_rank_00_model_states.pt")
+    with pytest.raises(m.UserError, match=r"last is of ZeRO stage 3.*--model_name"):
+        m.load_checkpoint(tmp_path)
+    (folder / "zero_pp_rank_0_mp_rank_00_model_states.pt").unlink()
+    for path in (tmp_path, folder, tmp_path / "last.pth"):
+        with pytest.raises(m.UserError, match=r"last/mp_rank_00_model_states.pt does not exist.*--model_name"):
+            m.load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    "changes, text",
+    [
+        ({"zero_stage": 3}, r"optim_states.pt is of ZeRO stage 3.*--model_name"),
+        ({"single_partition_of_fp32_groups": [torch.ones(3)]}, "model_states.pt cannot be read.*2 parameter groups"),
+        ({"single_partition_of_fp32_groups": [torch.ones(3)] * 2}, "cannot be read.*270 numbers.*files 6"),
+        ({"single_partition_of_fp32_groups": [torch.ones(9999)] * 2}, "cannot be read.*270 numbers.*files 19998"),
+    ],
+)
+def test_deepspeed_files_that_do_not_fit_are_user_errors(tmp_path, changes, text):
+    write_deepspeed(tmp_path / "last", m.MindEye2(**UNEVEN, use_prior=False), **changes)
+    with pytest.raises(m.UserError, match=text):
+        m.load_checkpoint(tmp_path)
+
+
 def test_load_pretrained_leaves_the_ridge_alone():
     many, one = m.MindEye2(**TINY), m.MindEye2(**TINY | {"num_voxels": [11]})
     ridge = {k: v.clone() for k, v in one.ridge.state_dict().items()}
@@ -452,177 +555,3 @@ def test_run_main_lets_bugs_through():
         with pytest.raises(type(bug)):
             m.run_main(main)
     m.run_main(lambda: None)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Frozen networks
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def clip_cache(tmp_path_factory):
-    """cache_dir/clip: a tiny open_clip model whose image tower has the golden weights."""
-    cache = tmp_path_factory.mktemp("cache")
-    (cache / "clip").mkdir()
-    spec, seed = golden_json("clip_tokens_tiny"), int(golden("clip_tokens_tiny")["weight_seed"])
-    config = spec["open_clip_model_config"]
-    config["text_cfg"]["vocab_size"] = 49408  # so that captions can be tokenised; the image tower does not see it
-    torch.manual_seed(0)
-    clip = open_clip.CLIP(**config)
-    state = clip.state_dict()
-    for name, shape in spec["shapes"].items():
-        if name.startswith("model.visual."):
-            state[name.removeprefix("model.")] = golden_tensor(name, shape, seed)
-    save_file(state, cache / "clip" / "open_clip_model.safetensors")
-    (cache / "clip" / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
-    return cache
-
-
-def test_clip_tokens(clip_cache):
-    g, clip = golden("clip_tokens_tiny"), m.load_clip(clip_cache, "cpu")
-    assert (clip.seq_dim, clip.emb_dim, clip.image_size) == (16, 32, 224)
-    assert not clip.training and not any(p.requires_grad for p in clip.parameters())
-    images = g["image01_blocks7x7"].repeat_interleave(32, -1).repeat_interleave(32, -2)
-    assert error(clip.tokens(images), g["tokens"]) < 1e-5
-    image, text = clip.embed(images), clip.embed_text(["a red house", "snow"])
-    assert image.shape == (1, 24) and text.shape == (2, 24)
-    assert error(image.norm(dim=-1), torch.ones(1)) < 1e-6 and error(text.norm(dim=-1), torch.ones(2)) < 1e-6
-    assert (text[0] - text[1]).abs().max() > 1e-3
-
-
-def test_clip_resize():
-    g = golden("clip_preprocess_resize")
-    ours = m.clip_preprocess(g["images256"], 56)
-    plain = m.clip_preprocess(g["resized56"], 56)  # the same size: only the normalisation
-    assert error(ours, plain) < 1e-5
-    black = m.clip_preprocess(torch.zeros(1, 3, 4, 4), 4)  # washed out: black counts as .5
-    assert black[0, 0, 0, 0].item() == pytest.approx((0.5 - 0.48145466) / 0.26862954, rel=1e-5)
-
-
-def tiny_vae():
-    return m.AutoencoderKL(block_out_channels=[8], norm_num_groups=4, latent_channels=4)
-
-
-def test_vae_folder_and_latents(tmp_path):
-    vae = tiny_vae()
-    vae.save_pretrained(tmp_path / "vae")
-    loaded = m.load_vae(tmp_path, "cpu")
-    images = torch.rand(2, 3, 16, 16)
-    expected = vae.eval().encode(2 * images - 1).latent_dist.mean * vae.config.scaling_factor
-    latents = m.encode_latents(loaded, images)
-    assert error(latents, expected) < 1e-6 and not latents.requires_grad
-    pictures = m.decode_latents(loaded, 30 * latents)
-    assert pictures.shape == images.shape and pictures.min() >= 0 and pictures.max() <= 1
-    assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
-
-
-def test_vae_file_with_old_attention_names(tmp_path, monkeypatch):
-    with torch.device("meta"):
-        assert sum(p.numel() for p in m.AutoencoderKL(**m.SD_VAE).parameters()) == 83_653_863
-    monkeypatch.setattr(m, "SD_VAE", m.SD_VAE | {"block_out_channels": [16, 32, 32, 32], "norm_num_groups": 8})
-    vae = m.AutoencoderKL(**m.SD_VAE)
-    old = {}
-    for name, value in vae.state_dict().items():
-        for new, former in (("to_q.", "query."), ("to_k.", "key."), ("to_v.", "value."), ("to_out.0.", "proj_attn.")):
-            name = name.replace(new, former)
-        old[name] = value
-    assert sum(".query." in name for name in old) == 4 and set(old) != set(vae.state_dict())
-    torch.save(old, tmp_path / "sd_image_var_autoenc.pth")
-    loaded = m.load_vae(tmp_path, "cpu").state_dict()
-    assert all(torch.equal(value, loaded[name]) for name, value in vae.state_dict().items())
-
-
-def test_teacher_folder(tmp_path):
-    config = m.ConvNextModel.config_class(hidden_sizes=[8, 16, 32, 512], depths=[1, 1, 1, 1])
-    network = m.ConvNextModel(config).eval()
-    network.save_pretrained(tmp_path / "teacher")
-    teacher, images = m.load_teacher(tmp_path, "cpu"), torch.rand(2, 3, 64, 64)
-    features = teacher(images)
-    assert features.shape == (2, 4, 512) and not features.requires_grad
-    x = (images - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.228, 0.224, 0.225]).view(3, 1, 1)
-    expected = network(x).last_hidden_state
-    assert error(features[:, 1], expected[:, :, 0, 1]) < 1e-5
-
-
-def test_released_teacher_spec_and_arithmetic():
-    with torch.device("meta"):
-        state = m.ConvNeXtTeacher().state_dict()
-    assert {name: list(value.shape) for name, value in state.items()} == golden_json("convnext_xl_state_spec")
-    # The arithmetic against the ConvNeXt of transformers, whose weights only have other names.
-    config = m.ConvNextModel.config_class(
-        hidden_sizes=[8, 16, 24, 32], depths=[1, 2, 1, 1], layer_scale_init_value=0.0, layer_norm_eps=1e-6
-    )
-    theirs, ours = m.ConvNextModel(config).eval(), m.ConvNeXtTeacher((1, 2, 1, 1), (8, 16, 24, 32)).eval()
-    renamed = {}
-    for name, value in theirs.state_dict().items():
-        name = name.replace("embeddings.patch_embeddings", "downsample_layers.0.0")
-        name = name.replace("embeddings.layernorm", "downsample_layers.0.1").replace(".layernorm", ".norm")
-        parts = name.removeprefix("encoder.").split(".")
-        if "downsampling_layer" in parts:
-            parts = ["downsample_layers", parts[1], *parts[3:]]
-        elif "layers" in parts:
-            parts.remove("layers")
-        renamed[".".join(parts)] = value.normal_(0, 0.1)
-    renamed = {name.replace("layernorm.", "norm."): value for name, value in renamed.items()}
-    ours.backbone.load_state_dict(renamed)
-    x = torch.rand(2, 3, 64, 64)
-    maps = theirs(x).last_hidden_state.permute(0, 2, 3, 1)
-    expected = ours.maps_projector(ours.backbone["norm"](maps)).permute(0, 3, 1, 2)
-    assert error(ours(x), expected) < 1e-5
-
-
-def test_a_wrong_teacher_file_is_a_user_error(tmp_path):
-    torch.save({"model": {"module.some": torch.zeros(1)}}, tmp_path / "convnext_xlarge_alpha0.75_fullckpt.pth")
-    with pytest.raises(m.UserError, match=r"fullckpt.pth cannot be read.*--cache_dir"):
-        m.load_teacher(tmp_path, "cpu")
-
-
-def tiny_unclip(folder: Path, index: dict) -> None:
-    unet = m.UNet2DConditionModel(
-        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, cross_attention_dim=24, attention_head_dim=4,
-        norm_num_groups=4, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    )
-    unet.save_pretrained(folder / "unet")
-    tiny_vae().save_pretrained(folder / "vae")
-    m.diffusers.EulerDiscreteScheduler().save_pretrained(folder / "scheduler")
-    (folder / "model_index.json").write_text(json.dumps(index))
-
-
-@pytest.mark.parametrize("index, scales", [({}, (0.8, 0.2)), ({"output_scale": 0.5, "output_shift": 0.5}, (0.5, 0.5))])
-def test_unclip_folder(tmp_path, index, scales):
-    tiny_unclip(tmp_path / "unclip", index)
-    unclip = m.load_unclip(tmp_path / "unclip", "cpu", torch.float16)
-    assert (unclip.output_scale, unclip.output_shift) == scales
-    assert (unclip.unet.dtype, unclip.vae.dtype) == (torch.float16, torch.float32)
-    assert type(unclip.scheduler).__name__ == "EulerDiscreteScheduler"
-    assert not any(p.requires_grad for part in (unclip.unet, unclip.vae) for p in part.parameters())
-
-
-def test_unclip_vector():
-    expected = golden("unclip_sampler")["vector_suffix_unclip"]
-    assert error(m.unclip_vector(1024, 768), expected) < 1e-6
-
-
-def test_missing_files_are_user_errors(tmp_path, monkeypatch):
-    with pytest.raises(m.UserError, match=r"sd_image_var_autoenc.pth does not exist.*--cache_dir"):
-        m.load_vae(tmp_path, "cpu")
-    with pytest.raises(m.UserError, match=r"fullckpt.pth does not exist.*--cache_dir"):
-        m.load_teacher(tmp_path, "cpu")
-    with pytest.raises(m.UserError, match=r"unclip does not exist"):
-        m.load_unclip(tmp_path / "unclip", "cpu")
-
-    def offline(*args, **kwargs):
-        raise FileNotFoundError("cannot reach the hub")
-
-    monkeypatch.setattr(open_clip, "create_model", offline)
-    with pytest.raises(m.UserError, match=r"cannot be read.*cannot reach the hub.*--cache_dir"):
-        m.load_clip(tmp_path, "cpu")
-    monkeypatch.undo()
-    for name, load in (("clip", m.load_clip), ("vae", m.load_vae), ("teacher", m.load_teacher)):
-        (tmp_path / name).mkdir()
-        with pytest.raises(m.UserError, match=f"{name} cannot be read.*--cache_dir"):
-            load(tmp_path, "cpu")
-    (tmp_path / "unclip").mkdir()
-    with pytest.raises(m.UserError, match="unclip cannot be read.*--cache_dir"):
-        m.load_unclip(tmp_path / "unclip", "cpu")

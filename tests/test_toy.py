@@ -19,7 +19,8 @@ import data
 import evaluate
 import recon
 import toy
-from model import UserError, load_clip, load_unclip
+from frozen import load_clip, load_unclip
+from model import UserError
 
 # ---- scenes
 

@@ -21,6 +21,7 @@ from golden_weights import golden
 import data
 import model as networks
 import train
+from frozen import FrozenCLIP
 from model import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -79,13 +80,13 @@ def test_one_seed_one_model(smoke_world, tmp_path):
 
 def test_targets_are_encoded_once(smoke_world, tmp_path, monkeypatch):
     run(smoke_world, tmp_path, "--model_name=a", *SMALL)
-    encoded, tokens = [], networks.FrozenCLIP.tokens
+    encoded, tokens = [], FrozenCLIP.tokens
 
     def counted(self, images):
         encoded.append(len(images))
         return tokens(self, images)
 
-    monkeypatch.setattr(networks.FrozenCLIP, "tokens", counted)
+    monkeypatch.setattr(FrozenCLIP, "tokens", counted)
     run(smoke_world, tmp_path, "--model_name=b", *SMALL)
     assert sum(encoded) <= 1  # one image, to learn the shape of the targets
     run(smoke_world, tmp_path, "--model_name=c", "--use_image_aug", *SMALL)
