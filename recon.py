@@ -164,6 +164,14 @@ def load_model(args: argparse.Namespace, voxels: int) -> tuple[MindEye2, int]:
     return model.eval().requires_grad_(False), fitting[0]
 
 
+def halve(model: MindEye2) -> MindEye2:
+    """Its matrices in bfloat16. Not its vectors: the rotary frequencies and noise levels would be off by far."""
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.data = parameter.data.bfloat16()
+    return model
+
+
 def noise_of(image: int, seed: int, shapes: list[tuple[int, ...]], stream: int) -> list[Tensor]:
     """Random numbers for one picture: one tensor for each of `shapes`. stream 0 is the prior's, 1.. the decoder's.
 
@@ -187,7 +195,8 @@ def read_brains(model: MindEye2, ridge: int, brains: SimpleNamespace, rows: slic
     device, tokens = next(model.parameters()).device, model.backbone.token_shape
     shapes = [tokens, (args.prior_steps, *tokens)]
     start, steps = batch_noise(brains.ids[rows], args.seed, shapes, 0, device)  # (B, S, D), (B, steps, S, D)
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+    half = device.type == "cuda" or model.ridge.linears[0].weight.dtype == torch.bfloat16
+    with torch.autocast(device.type, torch.bfloat16, enabled=half):
         brain = embed_images(model, brains.voxels, brains.positions[rows], ridge)
         prior_out = model.diffusion_prior.sample(brain["backbone"].to(device), args.prior_steps, start,
                                                  steps.transpose(0, 1))  # DDIM leaves two of the steps' draws unused
@@ -454,10 +463,7 @@ def main(argv: list[str] | None = None) -> dict[str, Tensor]:
     count = len(brains.ids)
     batches = [slice(first, min(first + args.batch_size, count)) for first in range(0, count, args.batch_size)]
 
-    def to_device() -> MindEye2:
-        return model.to(device, torch.bfloat16 if args.low_memory and device.type == "cuda" else torch.float32)
-
-    run_pass("brain", folder, batches, state, to_device,
+    run_pass("brain", folder, batches, state, lambda: (halve(model) if args.low_memory else model).to(device),
              lambda net, rows, _: read_brains(net, ridge, brains, rows, args))
     model, names = None, ["brain", "recons"]  # its memory is free for the next network
     if args.captions:

@@ -153,7 +153,7 @@ class World:
     sessions: tuple = (25, 25, 20, 19, 25, 20, 25, 19)  # 5/8 of NSD's 40, 40, 32, 30, 40, 32, 40, 30
     trials: int = 120  # in a session
     shared: int = 300  # images seen by all, three times each: the test set
-    voxels: tuple = (3144, 2855, 3045, 2630, 2607, 3581, 2536, 2877)  # a fifth of NSD's
+    voxels: tuple = (4717, 4283, 4567, 3945, 3911, 5372, 3804, 4315)  # 3/10 of NSD's
     noise: float = 1.0  # standard deviation of a trial's noise; the signal's is 1
     low: int = 12  # dimensions of the code of the early areas
     high: int = 28  # and of the higher areas
@@ -187,7 +187,7 @@ def image_code(scenes: Scenes, images: torch.Tensor, world: World, seed: int) ->
         features = features - features.mean(0)
         basis = torch.linalg.svd(features[:4000], full_matrices=False)
         scores = features @ basis.Vh[:width].T / (basis.S[:width] / math.sqrt(min(len(features), 4000))).sqrt()
-        mixed = torch.tanh(.3 * scores / scores.std() @ torch.randn(width, width, generator=g) / math.sqrt(width))
+        mixed = torch.tanh(scores / scores.std() @ torch.randn(width, width, generator=g) / math.sqrt(width))
         mixed = mixed - mixed.mean(0)
         values, vectors = torch.linalg.eigh(mixed.T @ mixed / len(mixed))
         codes.append(mixed @ (vectors / values.clamp(min=1e-6).sqrt()))  # (n, width), unit covariance

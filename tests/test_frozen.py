@@ -14,6 +14,8 @@ import open_clip
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
+from transformers import GitConfig, GitForCausalLM, PreTrainedTokenizerFast
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 from golden_weights import GOLDEN, golden, golden_json, golden_tensor  # noqa: E402
@@ -369,3 +371,69 @@ def test_missing_files_are_user_errors(tmp_path, monkeypatch):
     (tmp_path / "unclip").mkdir()
     with pytest.raises(UserError, match="unclip cannot be read.*--cache_dir"):
         m.load_unclip(tmp_path / "unclip", "cpu")
+
+
+# ---- captioner
+
+
+def golden_git() -> GitForCausalLM:
+    """The original's caption model at its smallest, with its recorded weights."""
+    spec, seed = golden_json("git_caption_tiny"), int(golden("git_caption_tiny")["weight_seed"])
+    git = GitForCausalLM(GitConfig(**spec["config"])).eval()
+    state = git.state_dict()
+    assert {k: list(v.shape) for k, v in state.items() if k in spec["shapes"]} == spec["shapes"]
+    state |= {name: golden_tensor(name, shape, seed) for name, shape in spec["shapes"].items()}
+    git.load_state_dict(state)
+    return git
+
+
+def same_tokens() -> m.CLIPConverter:
+    """A converter that changes nothing: 5 tokens of 24 channels."""
+    converter = m.CLIPConverter(5, 5, 24, 24)
+    converter.load_state_dict({"linear1.weight": torch.eye(5), "linear1.bias": torch.zeros(5),
+                               "linear2.weight": torch.eye(24), "linear2.bias": torch.zeros(24)})
+    return converter
+
+
+class Numbers:
+    """A tokenizer whose words are their numbers."""
+    def batch_decode(self, rows: torch.Tensor, skip_special_tokens: bool) -> list[str]:
+        assert skip_special_tokens
+        return [" ".join(map(str, row)) + " " for row in rows.tolist()]
+
+
+def test_captions_are_the_originals():
+    g = golden("git_caption_tiny")
+    captioner = m.Captioner(golden_git(), same_tokens(), Numbers()).eval()
+    logits = captioner.git(input_ids=g["input_ids"], pixel_values=g["emb"][:, None]).logits
+    assert error(logits, g["logits"]) < 1e-5
+    expected = [" ".join(map(str, row)) for row in g["generated"].tolist()]
+    assert captioner.caption(g["emb"]) == expected
+    assert captioner.caption(g["emb"], max_length=5) == [" ".join(text.split()[:5]) for text in expected]
+    assert captioner.caption(g["emb"][:1]) == expected[:1]
+
+
+def test_converter_maps_tokens_then_channels():
+    converter, x = m.CLIPConverter(256, 257, 1664, 1024), torch.randn(2, 256, 1664)
+    assert {name: tuple(p.shape) for name, p in converter.named_parameters() if "weight" in name} == {
+        "linear1.weight": (257, 256), "linear2.weight": (1024, 1664)}  # bigG_to_L_epoch8.pth
+    tokens = torch.einsum("ts,bsd->btd", converter.linear1.weight, x) + converter.linear1.bias[:, None]
+    expected = torch.einsum("cd,btd->btc", converter.linear2.weight, tokens) + converter.linear2.bias
+    assert error(converter(x), expected) < 1e-4
+
+
+def test_captioner_folder_and_errors(tmp_path):
+    golden_git().save_pretrained(tmp_path / "git")
+    vocabulary = Tokenizer(models.WordLevel({f"w{i}": i for i in range(99)}, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=vocabulary, pad_token="w0", bos_token="w1",
+                            eos_token="w2").save_pretrained(tmp_path / "git")
+    with pytest.raises(UserError, match="bigG_to_L_epoch8.pth does not exist.*--no-captions"):
+        m.load_captioner(tmp_path, "cpu")
+    torch.save({"model_state_dict": {"linear1.weight": torch.eye(5)}}, tmp_path / "bigG_to_L_epoch8.pth")
+    with pytest.raises(UserError, match="bigG_to_L_epoch8.pth cannot be read"):
+        m.load_captioner(tmp_path, "cpu")
+    torch.save({"model_state_dict": same_tokens().state_dict()}, tmp_path / "bigG_to_L_epoch8.pth")
+    g = golden("git_caption_tiny")
+    said = m.load_captioner(tmp_path, "cpu").caption(g["emb"])
+    special = {0, 1, 2}
+    assert said == [" ".join(f"w{i}" for i in row if i not in special) for row in g["generated"].tolist()]

@@ -3,6 +3,7 @@
     python -m pytest tests/test_recon.py
 """
 
+import io
 import json
 import os
 import subprocess
@@ -218,6 +219,27 @@ def test_a_killed_run_goes_on_and_ends_the_same(world, tmp_path, monkeypatch, wh
     assert files(tmp_path / "micro") == whole
 
 
+def test_two_processes_share_the_batches_and_write_the_same(world, tmp_path):
+    words = [str(word) for word in world.arguments("--evals", tmp_path, "--batch_size", 3)]
+    recon.main(words)
+    whole = files(tmp_path / "micro")
+    for name in whole:
+        (tmp_path / "micro" / name).unlink()
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29613"]
+    done = subprocess.run([*launch, recon.__file__, *words], capture_output=True, text=True, cwd=tmp_path,
+                          env=os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    for name in whole:
+        assert (tmp_path / "micro" / name).exists(), name
+    for name in (n for n in whole if n.endswith(".pt")):
+        ours = torch.load(tmp_path / "micro" / name, weights_only=False)
+        theirs = torch.load(io.BytesIO(whole[name]), weights_only=False)
+        if isinstance(ours, np.ndarray):
+            assert (ours == theirs).all()
+        else:  # another process may round otherwise
+            assert torch.allclose(ours.float(), theirs.float(), atol=1e-5), name
+
+
 def test_a_killed_run_with_other_flags_is_not_gone_on_with(world, tmp_path, monkeypatch):
     whole = world.run("--evals", tmp_path, "--batch_size", 3, "--seed", 2)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -259,9 +281,14 @@ def test_stimuli_are_ones_inside_a_region(world, monkeypatch):
         world.run("--stimulate", "V9")
 
 
-def test_low_memory_draws_the_same(world):
-    one, other = (world.run("--num_images", 3, "--guidance", 4, *extra) for extra in ([], ["--low_memory"]))
-    assert (one["recons"] - other["recons"]).abs().max() < 1e-3
+def test_low_memory_is_as_good_as_bfloat16(world):
+    one, other = (world.run("--num_images", 3, "--guidance", 2, *extra) for extra in ([], ["--low_memory"]))
+    for name in ("prior_out", "recons", "clipvoxels"):
+        difference = (one[name].float() - other[name].float()).abs().max()
+        assert 0 < difference < 0.05 * one[name].float().abs().max()
+    model = recon.halve(make_checkpoint(world.folder / "train_logs" / "micro" / "half.pth"))
+    assert model.diffusion_prior.noise_scheduler.betas.dtype == torch.float32
+    assert model.backbone.backbone_linear.weight.dtype == torch.bfloat16
 
 
 # ---- the decoder against the original's sampler

@@ -14,12 +14,13 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from bench_captions import rates
 
 import data
 import evaluate
 import recon
 import toy
-from frozen import load_clip, load_unclip
+from frozen import load_captioner, load_clip, load_unclip
 from model import UserError
 
 # ---- scenes
@@ -224,6 +225,23 @@ def test_the_decoder_draws_a_scene_from_its_own_tokens():
     # The tokens and the captions' vectors know each other.
     similarity = clip.embed(images) @ clip.embed_text(toy.draw_scenes(8, seed=77).captions()).T
     assert (similarity.argmax(1) == torch.arange(8)).float().mean() >= .75
+
+
+def test_the_captioner_says_what_the_tokens_show():
+    scenes = toy.draw_scenes(40, seed=78)
+    tokens = load_clip(toy.NETWORKS, "cpu").tokens(toy.render(scenes).float() / 255)
+    said = load_captioner(toy.NETWORKS, "cpu").caption(tokens)
+    right = rates(said, scenes.captions())
+    assert min(right["ground"], right["sky"], right["colour"]) > .95 and right["object"] > .7
+    assert max(rates(said[1:] + said[:1], scenes.captions()).values()) < .5
+
+
+def test_rates_count_words_by_kind():
+    true = ["a small red ball and a large red star on sand at night", "a large blue cone on mud in fog"]
+    said = ["a small red cone and a large green star on sand by day", "a large blue cone on mud in fog"]
+    assert rates(true, true) == {"ground": 1, "sky": 1, "object": 1, "colour": 1, "both": 1}
+    assert rates(said, true) == {"ground": 1, "sky": .5, "object": 2 / 3, "colour": 2 / 3, "both": 1 / 3}
+    assert rates(["", "on"], true)["object"] == 0
 
 
 # ---- the headline
