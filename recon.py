@@ -83,9 +83,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--hidden_dim", type=int, help="channels, 4096 in the paper; None = the checkpoint's, else it must agree")
     add("--n_blocks", type=int, help="residual blocks, 4 in the paper; None = the checkpoint's, else it must agree")
     add("--prior_steps", type=int, default=20, help="sampling steps of the prior, 2 to 100; 20 in the paper")
-    add("--steps", type=int, default=38, help="denoising steps of the decoder; 38 in the paper's code")
-    add("--scheduler", default="euler", choices=["euler", "dpm"], help="solver of the decoder; the paper's is euler")
-    add("--guidance", type=float, default=5.0, help="guidance scale; 5 in the paper's code, 1 = off at half the cost")
+    add("--steps", type=int, default=38, help="denoising steps of the decoder; 38 in the paper's code. On the toy, 6 "
+        "draw as well in a fifth of the time (PixCorr from true tokens .996 with both; from noisy ones .80 to .82)")
+    add("--scheduler", default="euler", choices=["euler", "dpm"], help="solver of the decoder; the paper's is euler. "
+        "dpm looks back one step; the same on the toy, for few steps with the released decoder")
+    add("--guidance", type=float, default=5.0, help="guidance scale; 5 in the paper's code, 1 = off at half the cost: "
+        "on the toy, 5 gives PixCorr .82 from noisy tokens, 1 gives .80")
     add("--n_samples", type=int, default=1, help="pictures drawn of each image, of which the one nearest to the "
                                                  "brain's retrieval tokens in CLIP space is kept; 1 in the paper")
     add("--stimulate", nargs="+", metavar="REGION", help="instead of test images, draw what a pattern of 1 inside "
@@ -355,7 +358,8 @@ def open_parts(folder: Path, args: argparse.Namespace, state: PartialState) -> N
     """Make the folder of finished batches; those of a run with other flags or another checkpoint are thrown away."""
     if state.is_main_process:
         checkpoint = Path(args.train_logs) / args.model_name / f"{args.tag}.pth"
-        stamp = [checkpoint.stat().st_mtime_ns, checkpoint.stat().st_size] if checkpoint.exists() else []
+        files = [checkpoint, *sorted(checkpoint.with_suffix("").glob("*"))]  # a file, or DeepSpeed's folder
+        stamp = [(file.stat().st_mtime_ns, file.stat().st_size) for file in files if file.exists()]
         run = json.dumps(vars(args) | {"checkpoint": stamp}, default=str, indent=1)
         note = folder / "run.json"
         if folder.exists() and not (note.exists() and note.read_text() == run):
@@ -409,7 +413,7 @@ def save_grid(path: Path, rows: list[tuple[str, Tensor, list[str]]], titles: lis
     columns, captions = len(titles), [0.5 if any(texts) else 0 for _, _, texts in rows]
     height = 0.2 + len(rows) + sum(captions)  # in pictures, as all lengths here
     figure = Figure(figsize=(1.3 * (columns + 1), 1.3 * height), dpi=110)
-    axes = figure.add_axes((0, 0, 1, 1), xlim=(-1, columns), ylim=(height, 0), frame_on=False)
+    axes = figure.add_axes((0, 0, 1, 1), frame_on=False)
     for i, title in enumerate(titles):
         axes.text(i + 0.5, 0.1, title, fontsize=8, ha="center", va="center")
     top = 0.2
@@ -421,7 +425,7 @@ def save_grid(path: Path, rows: list[tuple[str, Tensor, list[str]]], titles: lis
         for i, text in enumerate(texts):
             axes.text(i + 0.5, top + 1.0, textwrap.fill(text, 20), fontsize=6.5, ha="center", va="top")
         top += 1 + caption
-    axes.set(xlim=(-1, columns), ylim=(height, 0))
+    axes.set(xlim=(-1, columns), ylim=(height, 0), xticks=[], yticks=[])
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png")
 

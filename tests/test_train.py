@@ -204,7 +204,8 @@ def test_retrieval_is_named_for_what_is_searched():
     def angles(*degrees):
         return torch.tensor([[math.cos(math.radians(d)), math.sin(math.radians(d))] for d in degrees])
 
-    model = SimpleNamespace(eval=lambda: None, train=lambda: None, diffusion_prior=None)
+    model = SimpleNamespace(eval=lambda: None, train=lambda: None, diffusion_prior=None,
+                            parameters=lambda: iter([torch.zeros(1)]))
     model.embed = lambda voxels, subject: SimpleNamespace(
         backbone=voxels[:, None], clip_voxels=voxels[:, None], blurry_latents=None)  # (B, 1, 2)
     trials = data.Trials(1, np.array([7, 3]), np.arange(2), np.ones(2, int))  # file order: image 7, then image 3
