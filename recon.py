@@ -418,8 +418,9 @@ def save_grid(path: Path, rows: list[tuple[str, Tensor, list[str]]], titles: lis
         axes.text(i + 0.5, 0.1, title, fontsize=8, ha="center", va="center")
     top = 0.2
     for (label, pictures, texts), caption in zip(rows, captions, strict=True):
-        strip = resized(pictures, min(256, 4 * pictures.shape[-1])).permute(2, 0, 3, 1)  # (H, columns, H, 3)
-        strip = strip.flatten(1, 2)  # (H, columns * H, 3)
+        pictures = resized(pictures, min(256, 4 * pictures.shape[-1]))
+        gap = pictures.shape[-1] // 50
+        strip = F.pad(pictures, (0, gap), value=1.0).permute(2, 0, 3, 1).flatten(1, 2)  # (H, columns * (H + gap), 3)
         axes.imshow(strip.numpy(), extent=(0, columns, top + 0.98, top), aspect="auto")
         axes.text(-0.06, top + 0.5, label, fontsize=10, ha="right", va="center")
         for i, text in enumerate(texts):
