@@ -1,4 +1,4 @@
-"""How the toy world's frozen networks were trained: a CLIP, a feature teacher, a VAE and an unCLIP decoder.
+"""How the toy world's frozen networks were trained: CLIP, feature teacher, VAE, unCLIP decoder, captioner.
 
 MindEye2 stands on networks that others pretrained for months: OpenCLIP bigG, a VICRegL ConvNeXt, the Stable Diffusion
 VAE and an SDXL fine-tuned to take CLIP tokens (paper §2.1-2.4). Their toy twins learn the same jobs from 60,000
