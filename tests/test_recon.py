@@ -155,12 +155,12 @@ def test_embed_images_averages_every_output(world):
 
 @pytest.mark.parametrize("extra", [[], ["--guidance", "3", "--scheduler", "dpm"]])
 def test_a_picture_does_not_depend_on_its_batch(world, extra):
-    one, five = (world.run("--batch_size", size, "--num_images", 6, *extra) for size in (1, 5))
-    other = world.run("--num_images", 6, "--seed", 1, *extra)
+    one, eight = (world.run("--batch_size", size, "--num_images", 9, *extra) for size in (1, 8))
+    other = world.run("--num_images", 9, "--seed", 1, *extra)
     for name in ("recons", "blurryrecons", "clipvoxels"):
-        assert len(one[name]) == 6 and torch.allclose(one[name], five[name], atol=1e-3)
+        assert len(one[name]) == 9 and torch.allclose(one[name], eight[name], atol=1e-4, rtol=1e-3)
     assert (one["recons"] - other["recons"]).abs().max() > 0.01
-    assert torch.allclose(five["blurryrecons"], other["blurryrecons"], atol=1e-5)  # made without noise
+    assert torch.allclose(eight["blurryrecons"], other["blurryrecons"], atol=1e-5)  # made without noise
 
 
 def test_a_run_without_blurry_pictures_leaves_no_old_ones(world):
