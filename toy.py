@@ -14,7 +14,7 @@ What decides whether the experiment can show anything, found by trying (numbers 
   out, it draws well. So every model trains until its validation curve is flat.
 * Voxels must be many and noisy, the code behind them small and not linear in the picture: of few pictures, one can
   learn who mixes the code how, but not what the code means. The less linear, the larger the gap, and the worse all
-  pictures (tanh(.3 x) in `image_code` draws better and halves the gap). More noise does not widen it, fewer trials do.
+  pictures (tanh(.3 x) in `image_code` draws better and narrows the gap). More noise does not widen it.
 """
 import argparse
 import hashlib
