@@ -326,9 +326,15 @@ def _write_weights(checkpoint: Path, folder: Path, plan: UnclipPlan, dtype: torc
     (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def noise_levels(scheduler) -> Tensor:
+    """sigma of each of a diffusers scheduler's timesteps (1000,): the noise's deviation when the picture's own is 1."""
+    kept = scheduler.alphas_cumprod.double()  # share of the variance that is still the picture's
+    return ((1 - kept) / kept).sqrt()
+
+
 def _check_noise_levels(state: dict[str, Tensor], scheduler: EulerDiscreteScheduler, file: Path) -> None:
     """Raise UserError unless the network was trained with the scheduler's own noise levels (1000,)."""
-    levels = ((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod).sqrt()  # (1000,)
+    levels = noise_levels(scheduler)
     sigmas = state.get("denoiser.sigmas", torch.empty(0))
     if sigmas.shape != levels.shape or not torch.allclose(sigmas.to(levels), levels, rtol=1e-3):
         raise _not_unclip(file, "its denoiser.sigmas are missing or others")
@@ -476,8 +482,7 @@ def load_captioner(cache_dir: str | Path, device: str | torch.device, dtype: tor
         (seq_out, seq_in), (dim_out, dim_in) = state["linear1.weight"].shape, state["linear2.weight"].shape
         converter = CLIPConverter(seq_in, seq_out, dim_in, dim_out)
         converter.load_state_dict(state)
-    place = {} if folder.exists() else {"cache_dir": str(cache_dir)}
-    name = folder if folder.exists() else "microsoft/git-large-coco"
+    name, place = (folder, {}) if folder.exists() else ("microsoft/git-large-coco", {"cache_dir": str(cache_dir)})
     with reading(folder, "--cache_dir, or pass --no-captions", must_exist=False):
         git = GitForCausalLM.from_pretrained(name, **place)
         tokenizer = AutoTokenizer.from_pretrained(name, **place)

@@ -137,9 +137,13 @@ def stimulated_brains(args: argparse.Namespace) -> SimpleNamespace:
 # ---------------------------------------------------------------------------------------------------------------------
 # Pass 1: voxels -> tokens
 
+def checkpoint_file(args: argparse.Namespace) -> Path:
+    return Path(args.train_logs) / args.model_name / f"{args.tag}.pth"
+
+
 def load_model(args: argparse.Namespace, voxels: int) -> tuple[MindEye2, int]:
     """The trained model, and which of its ridge layers is for a brain of so many voxels. Raises UserError."""
-    path = Path(args.train_logs) / args.model_name / f"{args.tag}.pth"
+    path = checkpoint_file(args)
     checkpoint = load_checkpoint(path)
     state = checkpoint["model_state_dict"]
     config = config_from_state_dict(state) | checkpoint.get("config", {})
@@ -213,13 +217,11 @@ def read_brains(model: MindEye2, ridge: int, brains: SimpleNamespace, rows: slic
 def noise_levels(scheduler, steps: int) -> tuple[Tensor, Tensor]:
     """The original's timesteps (steps,), 999, 972, .., 26 for 38, and their sigmas (steps + 1,), 14.6 .. 0.16, 0.
 
-    sigma is the noise's standard deviation when the picture's own is 1. No timestep_spacing of diffusers' Euler
-    scheduler gives these levels; so they, and the loop below, are written out.
+    No timestep_spacing of diffusers' Euler scheduler gives these levels; so they, and the loop below, are written out.
     """
     count = scheduler.config.num_train_timesteps
     timesteps = torch.from_numpy(np.linspace(count - 1, 0, steps, endpoint=False).astype(int))
-    kept = scheduler.alphas_cumprod[timesteps].double()  # share of the variance that is still the picture's
-    return timesteps, torch.cat((((1 - kept) / kept).sqrt(), torch.zeros(1, dtype=torch.float64)))
+    return timesteps, F.pad(frozen.noise_levels(scheduler)[timesteps], (0, 1))
 
 
 def euler(predict: Callable, x: Tensor, scheduler, steps: int) -> Tensor:
@@ -230,9 +232,9 @@ def euler(predict: Callable, x: Tensor, scheduler, steps: int) -> Tensor:
     """
     timesteps, sigmas = noise_levels(scheduler, steps)
     x = x * (sigmas[0] ** 2 + 1).sqrt()
-    for t, sigma, following in zip(timesteps, sigmas[:-1], sigmas[1:], strict=True):
+    for t, sigma, following in zip(timesteps.to(x.device), sigmas[:-1], sigmas[1:], strict=True):
         scaled = x / (sigma**2 + 1).sqrt()
-        noise = predict(scaled, t.to(x.device))
+        noise = predict(scaled, t)
         if scheduler.config.prediction_type == "v_prediction":
             noise = (noise + sigma * scaled) / (sigma**2 + 1).sqrt()
         x = x + (following - sigma) * noise
@@ -261,22 +263,23 @@ def draw(
     unet, vae = unclip.unet, unclip.vae
     size = start.shape[-1] * 2 ** (len(vae.config.block_out_channels) - 1)
     vector = frozen.unclip_vector(unet.config.projection_class_embeddings_input_dim, size)       # (1, 1024)
+    vector, tokens = vector.to(start.device, unet.dtype), tokens.to(unet.dtype)
+    # Guidance compares with no prompt, but the UNet was never trained without one: there is no empty prompt. Random
+    # tokens stand for "any picture", drawn once and kept for all steps.
+    blind_tokens = None if guidance == 1 else unconditional.to(unet.dtype)
+    both = None if guidance == 1 or one_by_one else torch.cat((blind_tokens, tokens))            # (2 B, S, D)
 
     def run_unet(x: Tensor, t: Tensor, prompt: Tensor) -> Tensor:
-        labels = vector.to(x.device, unet.dtype).expand(len(x), -1)                              # (B, 1024)
-        return unet(x.to(unet.dtype), t, prompt.to(unet.dtype), class_labels=labels).sample.float()
+        return unet(x.to(unet.dtype), t, prompt, class_labels=vector.expand(len(x), -1)).sample.float()
 
     def predict(x: Tensor, t: Tensor) -> Tensor:
         """(B, 4, L, L) -> (B, 4, L, L), guided: away from what the UNet would draw without a prompt."""
         if guidance == 1:
             return run_unet(x, t, tokens)
-        # It was never trained without one: there is no empty prompt. Random tokens stand for "any picture", drawn
-        # once and kept for all steps.
         if one_by_one:
-            blind, told = run_unet(x, t, unconditional), run_unet(x, t, tokens)
+            blind, told = run_unet(x, t, blind_tokens), run_unet(x, t, tokens)
         else:
-            both = run_unet(torch.cat((x, x)), t, torch.cat((unconditional, tokens)))            # (2 B, 4, L, L)
-            blind, told = both.chunk(2)
+            blind, told = run_unet(torch.cat((x, x)), t, both).chunk(2)
         return blind + guidance * (told - blind)
 
     x = (euler if scheduler == "euler" else dpm)(predict, start, unclip.scheduler, steps)        # (B, 4, L, L)
@@ -328,7 +331,6 @@ def draw_recons(unclip: SimpleNamespace, brains: SimpleNamespace, rows: slice, a
     device, side = unclip.unet.device, unclip.unet.config.sample_size
     tokens, latent = brain["prior_out"].to(device), (unclip.unet.config.in_channels, side, side)
     sigma = noise_levels(unclip.scheduler, 1)[1][0].item()
-    wanted = F.normalize(brain["clipvoxels"].flatten(1).float(), dim=1)  # (B, S * D)
     candidates, scores = [], []
     for sample in range(args.n_samples):
         shapes = [latent, tuple(tokens.shape[1:]), latent, ()]  # in the original's order
@@ -338,8 +340,8 @@ def draw_recons(unclip: SimpleNamespace, brains: SimpleNamespace, rows: slice, a
                         args.low_memory)
         candidates.append(resized(pictures, min(pictures.shape[-1], MAX_SIZE)).cpu())
         if unclip.clip is not None:
-            drawn = F.normalize(unclip.clip.tokens(pictures).flatten(1).float().cpu(), dim=1)
-            scores.append((wanted * drawn).sum(1))  # (B,)
+            drawn = unclip.clip.tokens(pictures).flatten(1).float().cpu()  # (B, S * D)
+            scores.append(F.cosine_similarity(brain["clipvoxels"].flatten(1).float(), drawn))  # (B,)
     if not scores:
         return {"recons": candidates[0]}
     best = torch.stack(scores).argmax(0)  # (B,)
@@ -357,7 +359,7 @@ def save(path: Path, value: object) -> None:
 def open_parts(folder: Path, args: argparse.Namespace, state: PartialState) -> None:
     """Make the folder of finished batches; those of a run with other flags or another checkpoint are thrown away."""
     if state.is_main_process:
-        checkpoint = Path(args.train_logs) / args.model_name / f"{args.tag}.pth"
+        checkpoint = checkpoint_file(args)
         files = [checkpoint, *sorted(checkpoint.with_suffix("").glob("*"))]  # a file, or DeepSpeed's folder
         stamp = [(file.stat().st_mtime_ns, file.stat().st_size) for file in files if file.exists()]
         run = json.dumps(vars(args) | {"checkpoint": stamp}, default=str, indent=1)
@@ -379,7 +381,8 @@ def run_pass(name: str, folder: Path, batches: list[slice], state: PartialState,
     left = sum(batches[i].stop - batches[i].start for i in todo)
     with tqdm(total=done, initial=done - left, desc=name, unit="image", disable=not state.is_main_process) as bar:
         for i in todo:
-            brain = None if name == "brain" else torch.load(folder / f"brain_{i:05d}.pt", weights_only=True)
+            brain = None if name == "brain" else torch.load(folder / f"brain_{i:05d}.pt", weights_only=True,
+                                                             mmap=True)  # a pass reads one of its four tensors
             out = work(network, batches[i], brain)
             save(folder / f"{name}_{i:05d}.pt", {k: v.cpu() if isinstance(v, Tensor) else v for k, v in out.items()})
             bar.update(batches[i].stop - batches[i].start)

@@ -225,6 +225,16 @@ def train_vae(images: torch.Tensor, folder: Path, device: str, scale: float) -> 
     vae.half().save_pretrained(folder)
 
 
+def encode_all(encode, images: torch.Tensor, label: str) -> torch.Tensor:
+    """What a frozen network's encode says of all images, uint8 (n, 3, 64, 64), 500 at a time."""
+    return torch.cat([encode(chunk.float() / 255) for chunk in tqdm(images.split(500), desc=label)])
+
+
+def imperfect(tokens: torch.Tensor, spread: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """Tokens (B, 16, 64) as a brain might give them: where u (B, 1, 1) > .5, with noise of up to .3 of their spread."""
+    return tokens + spread * torch.randn_like(tokens) * .6 * (u - .5).clamp(min=0)
+
+
 def train_unclip(images: torch.Tensor, out: Path, device: str, scale: float) -> None:
     """Latents from CLIP tokens alone: SDXL's UNet in small, no text; size and crop are a vector (of 64, not 1024)."""
     clip, vae = frozen.load_clip(out, device), AutoencoderKL.from_pretrained(out / "unclip/vae").to(device)
@@ -235,10 +245,8 @@ def train_unclip(images: torch.Tensor, out: Path, device: str, scale: float) -> 
         class_embed_type="projection", projection_class_embeddings_input_dim=64).to(device)
     scheduler = DDPMScheduler(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear",
                               prediction_type="v_prediction", clip_sample=False)
-    with torch.no_grad():  # both frozen networks see each picture once
-        chunks = [c.float() / 255 for c in images.split(500)]
-        tokens = torch.cat([clip.tokens(c.to(device)) for c in tqdm(chunks, desc="CLIP tokens")])  # (n, 16, 64)
-        latents = torch.cat([frozen.encode_latents(vae, c.to(device)) for c in tqdm(chunks, desc="latents")])
+    tokens = encode_all(clip.tokens, images, "CLIP tokens")  # (n, 16, 64); each frozen network sees a picture once
+    latents = encode_all(lambda pictures: frozen.encode_latents(vae, pictures), images, "latents")  # (n, 4, 8, 8)
     spread = tokens.std()
     vector = frozen.unclip_vector(unet.config.projection_class_embeddings_input_dim, 64).to(device)  # (1, 64)
     alphas = scheduler.alphas_cumprod.to(device)
@@ -246,10 +254,10 @@ def train_unclip(images: torch.Tensor, out: Path, device: str, scale: float) -> 
     def loss() -> torch.Tensor:
         rows = torch.randint(len(latents), (BATCH["unet"],), device=device)
         x, context = latents[rows], tokens[rows]
-        # The brain's tokens will never be perfect, so the decoder meets imperfect ones; and one time in ten pure
-        # noise, the "unconditional" of classifier-free guidance (the released decoder is guided by noise, too).
+        # One time in ten, the tokens are pure noise: the "unconditional" of classifier-free guidance (the released
+        # decoder is guided by noise, too).
         u = torch.rand(len(x), 1, 1, device=device)
-        context = context + spread * torch.randn_like(context) * .6 * (u - .5).clamp(min=0)
+        context = imperfect(context, spread, u)
         context = torch.where(u < .1, torch.randn_like(context), context)
         t = torch.randint(1000, (len(x),), device=device)
         a = alphas[t].reshape(-1, 1, 1, 1)
@@ -285,16 +293,13 @@ def train_git(images: torch.Tensor, scenes: toy.Scenes, out: Path, device: str, 
     image_encoder = git.git.image_encoder  # never used, but a GIT folder without it would not be a GIT folder
     captioner = frozen.Captioner(git, converter, tokenizer).to(device)
     words = tokenizer(scenes.captions(), padding=True, return_tensors="pt").input_ids.to(device)  # (n, 15)
-    with torch.no_grad():
-        chunks = tqdm(images.split(500), desc="CLIP tokens")
-        tokens = torch.cat([clip.tokens(c.to(device).float() / 255) for c in chunks])  # (n, 16, 64)
+    tokens = encode_all(clip.tokens, images, "CLIP tokens")  # (n, 16, 64)
     spread = tokens.std()
 
     def loss() -> torch.Tensor:
         rows = torch.randint(len(tokens), (BATCH["git"],), device=device)
         context, said = tokens[rows], words[rows]
-        u = torch.rand(len(context), 1, 1, device=device)  # as for the decoder: the brain's tokens are not perfect
-        context = context + spread * torch.randn_like(context) * .6 * (u - .5).clamp(min=0)
+        context = imperfect(context, spread, torch.rand(len(context), 1, 1, device=device))
         logits = captioner.git(input_ids=said, pixel_values=converter(context)[:, None]).logits  # (B, 17 + 15, words)
         logits = logits[:, -said.shape[1]:-1].flatten(0, 1).float()  # each word foretells the next
         return F.cross_entropy(logits, said[:, 1:].flatten(), ignore_index=tokenizer.pad_token_id)

@@ -45,3 +45,9 @@ def load_golden(module: torch.nn.Module, seed: int, prefix: str = "") -> torch.n
             state[key] = golden_tensor(prefix + key, value.shape, seed)
     module.load_state_dict(state, strict=True)
     return module.eval()
+
+
+def error(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The largest difference of two tensors of the same shape."""
+    assert a.shape == b.shape, (a.shape, b.shape)
+    return (a.double() - b.double()).abs().max().item()

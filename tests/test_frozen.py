@@ -18,15 +18,10 @@ from tokenizers import Tokenizer, models
 from transformers import GitConfig, GitForCausalLM, PreTrainedTokenizerFast
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-from golden_weights import GOLDEN, golden, golden_json, golden_tensor  # noqa: E402
+from golden_weights import GOLDEN, error, golden, golden_json, golden_tensor  # noqa: E402
 
 import frozen as m  # noqa: E402
 from model import UserError  # noqa: E402
-
-
-def error(a: torch.Tensor, b: torch.Tensor) -> float:
-    assert a.shape == b.shape, (a.shape, b.shape)
-    return (a.double() - b.double()).abs().max().item()
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-from golden_weights import golden, golden_json, load_golden  # noqa: E402
+from golden_weights import error, golden, golden_json, load_golden  # noqa: E402
 
 import model as m  # noqa: E402
 
@@ -28,11 +28,6 @@ TINY = {
     "num_voxels": [9, 7], "hidden_dim": 16, "n_blocks": 2, "clip_seq_dim": 4, "clip_emb_dim": 24, "latent_size": 8,
     "prior_depth": 2, "prior_dim_head": 12,
 }
-
-
-def error(a: torch.Tensor, b: torch.Tensor) -> float:
-    assert a.shape == b.shape, (a.shape, b.shape)
-    return (a.double() - b.double()).abs().max().item()
 
 
 @pytest.fixture(scope="module")
