@@ -396,7 +396,8 @@ def load_unclip(folder: str | Path, device: str | torch.device, dtype: torch.dty
     """The image decoder (2.4): a folder in diffusers' layout -> .unet, .vae, .scheduler, .output_scale, .output_shift.
 
     A picture is clamp(x * output_scale + output_shift, 0, 1) of the VAE's output x; model_index.json may hold the
-    two numbers. The VAE stays in float32 when dtype is float16, which overflows in it. Raises UserError.
+    two numbers. dtype is the UNet's; the VAE is always float32: float16 overflows in it, and bfloat16's 8 bits would
+    show as bands in a picture. Raises UserError.
     """
     folder, (_, scheduler_config) = Path(folder), unclip_configs(folder)
     with reading(folder, "--cache_dir or --unclip"):
@@ -408,8 +409,7 @@ def load_unclip(folder: str | Path, device: str | torch.device, dtype: torch.dty
     # The released decoder saw pictures in [-1, 1] as they are, the prior's targets are of washed-out ones
     # (see `clip_preprocess`): the authors' .8 x + .2, found by hand, presumably makes up for it.
     return SimpleNamespace(
-        unet=_frozen(unet, device, dtype), scheduler=scheduler,
-        vae=_frozen(vae, device, torch.float32 if dtype == torch.float16 else dtype),
+        unet=_frozen(unet, device, dtype), vae=_frozen(vae, device), scheduler=scheduler,
         output_scale=index.get("output_scale", 0.8), output_shift=index.get("output_shift", 0.2),
     )
 

@@ -311,9 +311,9 @@ def check_decoder(args: argparse.Namespace, token_dim: int) -> None:
 
 def load_decoder(args: argparse.Namespace, device: torch.device) -> SimpleNamespace:
     """The unCLIP decoder, and as its .clip the judge of --n_samples (None for one)."""
-    # bfloat16 halves the UNet's 10 GB. Its 8 bits would show as bands in a picture, so the VAE stays in float32.
+    # bfloat16 halves the UNet's 10 GB.
     unclip = frozen.load_unclip(args.unclip, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    unclip.vae.float().enable_slicing()  # one picture at a time: at 768 pixels each needs gigabytes
+    unclip.vae.enable_slicing()  # one picture at a time: at 768 pixels each needs gigabytes
     if args.low_memory:
         unclip.vae.enable_tiling()
     unclip.clip = frozen.load_clip(args.cache_dir, device) if args.n_samples > 1 else None

@@ -432,3 +432,17 @@ def test_captioner_folder_and_errors(tmp_path):
     said = m.load_captioner(tmp_path, "cpu").caption(g["emb"])
     special = {0, 1, 2}
     assert said == [" ".join(f"w{i}" for i in row if i not in special) for row in g["generated"].tolist()]
+
+
+def test_the_decoders_vae_is_never_rounded(tmp_path):
+    """bfloat16 is for the UNet: the VAE's weights come out as they were saved, on the way through no half type."""
+    vae = m.AutoencoderKL(block_out_channels=[8], norm_num_groups=4, latent_channels=4)
+    vae.save_pretrained(tmp_path / "unclip" / "vae")
+    m.UNet2DConditionModel(
+        sample_size=4, block_out_channels=(8,), layers_per_block=1, cross_attention_dim=8, attention_head_dim=4,
+        norm_num_groups=4, down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
+    ).save_pretrained(tmp_path / "unclip" / "unet")
+    m.EulerDiscreteScheduler(**m.UNCLIP_SCHEDULER).save_pretrained(tmp_path / "unclip" / "scheduler")
+    unclip = m.load_unclip(tmp_path / "unclip", "cpu", torch.bfloat16)
+    assert unclip.unet.dtype == torch.bfloat16
+    assert all(torch.equal(value, unclip.vae.state_dict()[name]) for name, value in vae.state_dict().items())
