@@ -465,7 +465,14 @@ class Captioner(nn.Module):
     def caption(self, tokens: Tensor, max_length: int = 20) -> list[str]:
         """The likeliest next word, again and again (greedy), up to max_length words: (B, S, D) -> B sentences."""
         image = self.converter(tokens.to(self.converter.linear1.weight))[:, None]  # (B, 1, 257, 1024)
-        words = self.git.generate(pixel_values=image, max_length=max_length, do_sample=False)  # (B, <= max_length)
+        config = self.git.config
+        words = torch.full((len(image), 1), config.bos_token_id, device=image.device)  # (B, 1)
+        ended = words == config.eos_token_id
+        # Not git.generate: transformers 5.17 counts the image's tokens as words there, and other sentences come out.
+        while words.shape[1] < max_length and not ended.all():
+            likeliest = self.git(input_ids=words, pixel_values=image).logits[:, -1].argmax(-1, keepdim=True)  # (B, 1)
+            words = torch.cat((words, likeliest.masked_fill(ended, config.pad_token_id)), 1)  # (B, <= max_length)
+            ended = ended | (likeliest == config.eos_token_id)
         return [text.strip() for text in self.tokenizer.batch_decode(words, skip_special_tokens=True)]
 
 

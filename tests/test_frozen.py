@@ -341,7 +341,8 @@ def test_a_half_written_decoder_folder_is_a_user_error(tmp_path, part):
 
 def test_unclip_vector():
     expected = golden("unclip_sampler")["vector_suffix_unclip"]
-    assert error(m.unclip_vector(1024, 768), expected) < 1e-6
+    # One bit of a frequency, which processors compute differently, is 5e-5 of an angle of 768.
+    assert error(m.unclip_vector(1024, 768), expected) < 1e-4
 
 
 def test_missing_files_are_user_errors(tmp_path, monkeypatch):
