@@ -24,6 +24,7 @@ later sessions into the "1 hour" setting, as the paper admits; the files come th
 import hashlib
 import io
 import os
+import pickle
 import shutil
 import tarfile
 import warnings
@@ -229,6 +230,22 @@ def load_voxels(data_path, trials: Trials, block: int = 512) -> torch.Tensor:
         raise UserError(f"{path}: {len(set(broken))} rows with NaN or infinite voxels, the first is row {broken[0]}: "
                         "replace the file in --data_path.")  # fmt: skip
     return torch.from_numpy(voxels)
+
+
+def load_array(path: Path, mend: str) -> torch.Tensor | np.ndarray | list:
+    """A file of torch.save that holds a tensor, or strings as a list or numpy array, as the original wrote them.
+
+    Only these are built: whatever else a file may ask to run is refused. Raises UserError, whose end is `mend`.
+    """
+    core = np._core.multiarray if hasattr(np, "_core") else np.core.multiarray
+    allowed = [np.ndarray, np.dtype, np.str_, type(np.dtype("U1")), type(np.dtype("O"))]
+    for name in ("_reconstruct", "scalar"):  # numpy 2 renamed the module that files name
+        allowed += [(getattr(core, name), f"numpy.{module}.multiarray.{name}") for module in ("core", "_core")]
+    try:
+        with torch.serialization.safe_globals(allowed):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path} cannot be read ({type(error).__name__}): {mend}") from None
 
 
 def resized(images: torch.Tensor, size: int) -> torch.Tensor:

@@ -180,9 +180,11 @@ def halve(model: MindEye2) -> MindEye2:
 
 
 def noise_of(image: int, seed: int, shapes: list[tuple[int, ...]], stream: int) -> list[Tensor]:
-    """Random numbers for one picture: one tensor for each of `shapes`. stream 0 is the prior's, 1.. the decoder's.
+    """Random numbers for one picture: one tensor for each of `shapes`.
 
-    They depend on the seed and the image only, not on the batch, the processes or the pictures before. (The original
+    stream 0 is the prior's, 1.. the decoder's, refine.STREAM the refiner's.
+
+    The numbers depend on seed and image only, not on the batch, the processes or the pictures before. (The original
     seeds once, so its picture i changes with all that was drawn earlier.)
     """
     mixed = np.random.SeedSequence([seed, int(image), stream]).generate_state(1)  # torch looks at 32 bits of a seed
@@ -224,13 +226,14 @@ def noise_levels(scheduler, steps: int) -> tuple[Tensor, Tensor]:
     return timesteps, F.pad(frozen.noise_levels(scheduler)[timesteps], (0, 1))
 
 
-def euler(predict: Callable, x: Tensor, scheduler, steps: int) -> Tensor:
+def euler(predict: Callable, x: Tensor, scheduler, steps: int, skip: int = 0) -> Tensor:
     """Denoise x (B, 4, L, L), of variance 1, in `steps` straight steps along dx / dsigma = noise (Karras et al. 2022).
 
     predict(x of variance 1, t) is what the UNet was trained to tell, as the scheduler's config names it: the noise
-    (epsilon), or the velocity.
+    (epsilon), or the velocity. The first `skip` steps, the noisiest, are left out: x is then a picture under the noise
+    that they would have left (refine.py).
     """
-    timesteps, sigmas = noise_levels(scheduler, steps)
+    timesteps, sigmas = (levels[skip:] for levels in noise_levels(scheduler, steps))
     x = x * (sigmas[0] ** 2 + 1).sqrt()
     for t, sigma, following in zip(timesteps.to(x.device), sigmas[:-1], sigmas[1:], strict=True):
         scaled = x / (sigma**2 + 1).sqrt()
@@ -356,13 +359,11 @@ def save(path: Path, value: object) -> None:
         torch.save(value, file)
 
 
-def open_parts(folder: Path, args: argparse.Namespace, state: PartialState) -> None:
-    """Make the folder of finished batches; those of a run with other flags or another checkpoint are thrown away."""
+def open_parts(folder: Path, args: argparse.Namespace, state: PartialState, files: list[Path]) -> None:
+    """Make the folder of finished batches; those of a run with other flags or other input files are thrown away."""
     if state.is_main_process:
-        checkpoint = checkpoint_file(args)
-        files = [checkpoint, *sorted(checkpoint.with_suffix("").glob("*"))]  # a file, or DeepSpeed's folder
         stamp = [(file.stat().st_mtime_ns, file.stat().st_size) for file in files if file.exists()]
-        run = json.dumps(vars(args) | {"checkpoint": stamp}, default=str, indent=1)
+        run = json.dumps(vars(args) | {"files": stamp}, default=str, indent=1)
         note = folder / "run.json"
         if folder.exists() and not (note.exists() and note.read_text() == run):
             shutil.rmtree(folder)
@@ -372,8 +373,9 @@ def open_parts(folder: Path, args: argparse.Namespace, state: PartialState) -> N
     state.wait_for_everyone()
 
 
-def run_pass(name: str, folder: Path, batches: list[slice], state: PartialState, load: Callable, work: Callable):
-    """work(network, rows, what pass 1 found for them) -> dict, for all batches; the processes take them in turn."""
+def run_pass(name: str, folder: Path, batches: list[slice], state: PartialState, load: Callable, work: Callable,
+             first: str = "brain"):
+    """work(network, rows, what the pass `first` found for them) -> dict, for all batches; the processes take turns."""
     todo = [i for i in range(state.process_index, len(batches), state.num_processes)
             if not (folder / f"{name}_{i:05d}.pt").exists()]
     network = load() if todo else None
@@ -381,9 +383,9 @@ def run_pass(name: str, folder: Path, batches: list[slice], state: PartialState,
     left = sum(batches[i].stop - batches[i].start for i in todo)
     with tqdm(total=done, initial=done - left, desc=name, unit="image", disable=not state.is_main_process) as bar:
         for i in todo:
-            brain = None if name == "brain" else torch.load(folder / f"brain_{i:05d}.pt", weights_only=True,
-                                                             mmap=True)  # a pass reads one of its four tensors
-            out = work(network, batches[i], brain)
+            found = None if name == first else torch.load(folder / f"{first}_{i:05d}.pt", weights_only=True,
+                                                          mmap=True)  # a pass reads one of the brain's four tensors
+            out = work(network, batches[i], found)
             save(folder / f"{name}_{i:05d}.pt", {k: v.cpu() if isinstance(v, Tensor) else v for k, v in out.items()})
             bar.update(batches[i].stop - batches[i].start)
     del network
@@ -394,7 +396,7 @@ def run_pass(name: str, folder: Path, batches: list[slice], state: PartialState,
 
 
 def collect(folder: Path, names: list[str], count: int) -> dict[str, Tensor | np.ndarray]:
-    """All batches of all passes, in order: {output: (n, ..)}; tokens as float16."""
+    """All batches of all passes, in order: {output: (n, ..)}."""
     arrays = {}
     for name in names:
         parts = [torch.load(folder / f"{name}_{i:05d}.pt", weights_only=True) for i in range(count)]
@@ -403,8 +405,6 @@ def collect(folder: Path, names: list[str], count: int) -> dict[str, Tensor | np
                 arrays[key] = torch.cat([part[key] for part in parts])
             else:
                 arrays[key] = np.array([text for part in parts for text in part[key]])
-    arrays["prior_out"] = arrays["prior_out"].half()
-    arrays.pop("blurry_latents", None)
     return arrays
 
 
@@ -467,7 +467,8 @@ def main(argv: list[str] | None = None) -> dict[str, Tensor]:
     frozen.check_files(args.cache_dir, vae=args.blurry_recon, captioner=args.captions)
     prefix = str(Path(args.evals) / args.model_name / args.model_name) + ("_stimuli" if args.stimulate else "")
     folder = Path(f"{prefix}_parts")
-    open_parts(folder, args, state)
+    checkpoint = checkpoint_file(args)  # a file, or DeepSpeed's folder
+    open_parts(folder, args, state, [checkpoint, *sorted(checkpoint.with_suffix("").glob("*"))])
     count = len(brains.ids)
     batches = [slice(first, min(first + args.batch_size, count)) for first in range(0, count, args.batch_size)]
 
@@ -489,6 +490,8 @@ def main(argv: list[str] | None = None) -> dict[str, Tensor]:
     if not state.is_main_process:
         return {}
     arrays = collect(folder, names, len(batches))
+    arrays["prior_out"] = arrays["prior_out"].half()
+    arrays.pop("blurry_latents", None)
     write(prefix, arrays, brains)
     shutil.rmtree(folder)
     return {"image_ids": torch.from_numpy(brains.ids)} | arrays

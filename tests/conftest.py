@@ -30,7 +30,7 @@ def world_copy(smoke_world, tmp_path) -> Path:
     path = tmp_path / "copy"
     path.mkdir()
     for entry in smoke_world.iterdir():
-        if entry.name in ("clip", "teacher", "unclip", "vae"):
+        if entry.name in ("clip", "teacher", "unclip", "vae", "git", "sdxl"):
             (path / entry.name).symlink_to(entry)
         elif entry.is_dir():
             shutil.copytree(entry, path / entry.name)

@@ -1,0 +1,67 @@
+"""How fast and how large is refine.py at the paper's sizes? Prints a table as tests/bench_recon.py does.
+
+Random weights of the true sizes, so the pictures are noise; what is timed is the same work: encoding captions, and
+12 UNet steps with guidance 5 between the VAE's encoder and decoder at 768 pixels. "As the original" is its loop: one
+picture at a time, float32 weights under float16 autocast, on the same GPU in the same run.
+
+    python tests/bench_refine.py           an NVIDIA GPU of 40 GB or more; some two minutes
+"""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from diffusers import EulerDiscreteScheduler
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+from bench_recon import DEVICE, measure, random_weights  # noqa: E402
+
+import frozen  # noqa: E402
+import refine  # noqa: E402
+
+CAPTION = "a man riding a wave on top of a surfboard"
+
+
+def prompts_pass() -> None:
+    """Captions and the negative prompt through both text encoders."""
+    encoders = []
+    for part in ("text_encoder", "text_encoder_2"):
+        network = random_weights(lambda part=part: refine.empty_part(part))
+        for module in network.modules():
+            if hasattr(module, "position_ids"):
+                module.position_ids = torch.arange(77, device=DEVICE)[None]
+        encoders.append((refine.load_tokenizer(Path("none.safetensors"), part, 77), network))
+    measure("prompts", 16, lambda: refine.encode(encoders, [CAPTION] * 16 + [refine.NEGATIVE]))
+
+
+def pictures_pass() -> None:
+    sdxl = SimpleNamespace(scheduler=EulerDiscreteScheduler(**frozen.UNCLIP_SCHEDULER), size=768, target=1024,
+                           latent=(4, 96, 96), vae=random_weights(lambda: refine.empty_part("vae")))
+    sdxl.vae.enable_slicing()
+
+    def draw(size: int, low_memory: bool = False) -> None:
+        prompt = {"tokens": torch.randn(size + 1, 77, 2048), "pooled": torch.randn(size + 1, 1280)}
+        args = SimpleNamespace(seed=0, steps=25, strength=0.5, guidance=5.0, low_memory=low_memory)
+        refine.refine(sdxl, torch.rand(size, 3, 256, 256), np.arange(size), prompt, args)
+
+    sdxl.unet = random_weights(lambda: refine.empty_part("unet"))
+    with torch.autocast(DEVICE.type, torch.float16):
+        original = measure("refined pictures, as the original", 1, lambda: draw(1))
+    sdxl.unet = None
+    sdxl.unet = random_weights(lambda: refine.empty_part("unet"), torch.bfloat16)
+    for size in (1, 8, 16):
+        ours = measure("refined pictures, bfloat16", size, lambda size=size: draw(size))
+    sdxl.vae.enable_tiling()
+    sdxl.vae.tile_sample_min_size, sdxl.vae.tile_latent_min_size = 384, 48
+    measure("refined pictures, bfloat16, --low_memory", 4, lambda: draw(4, low_memory=True))
+    print(f"\nBatches of 16 against the original's loop: {original / ours:.1f} times as fast.")
+
+
+if __name__ == "__main__":
+    print(torch.cuda.get_device_name(), "torch", torch.__version__)
+    print(f"| {'pass':<46} | batch | s / image | images/s | peak GiB |")
+    print(f"|{'-' * 48}|------:|----------:|---------:|---------:|")
+    prompts_pass()
+    pictures_pass()
