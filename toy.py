@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
+import gnet
 from model import UserError
 
 NETWORKS = Path(__file__).with_name("toy_networks")  # the shipped weights, made by toy_networks.py
@@ -259,7 +260,8 @@ def copy_networks(path: Path) -> None:
                             "toy_networks`, or train all anew with `python toy.py --train_frozen`.")
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(NETWORKS / name, path / name)
-    shutil.copytree(path / "unclip/vae", path / "vae")  # the low-level head's VAE: in the real system another one
+    for place in ("vae", "sdxl/vae"):  # of the low-level head and of the refiner: in the real system two other ones
+        shutil.copytree(path / "unclip/vae", path / place)
 
 
 def write_subject(path: Path, table: np.ndarray, voxels: np.ndarray, world: World, subject: int) -> None:
@@ -279,6 +281,41 @@ def write_subject(path: Path, table: np.ndarray, voxels: np.ndarray, world: Worl
         file = data.session_tar(path, subject, split, number)
         data.write_session_tar(file, table[rows], *(w[rows] for w in windows), start=start)
         start += int(rows.sum())
+
+
+GNET_WIDTHS = (8, 24, 16, 32, 8)  # of the encoding model's trunk: an eighth of the release's
+
+
+def fit_encoding_model(path: Path, seed: int, num_images: int = 400, ridge: float = 30.0) -> None:
+    """gnet_multisubject.pt as in the release (paper Table 3): picture -> voxels, fitted to these eight brains.
+
+    The trunk is random and stays so: of its features, ridge regression on up to num_images pictures of a person's
+    training trials makes the readout. These voxels see the whole picture alike; real ones look at a place each.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        trunk = gnet.Trunk(*GNET_WIDTHS).eval().requires_grad_(False)
+        for layer in trunk.modules():
+            if isinstance(layer, torch.nn.Conv2d):
+                torch.nn.init.kaiming_normal_(layer.weight)
+                torch.nn.init.zeros_(layer.bias)
+    trunk.mu.fill_(.5)
+    everywhere = [torch.full((places, 1), 1 / places) for places in (25 * 25, 13 * 13)]
+    images, readouts = data.Images(path), {}
+    for subject in tqdm(range(1, 9), desc="toy world: encoding model"):
+        trials = data.load_trials(path, subject)
+        ids, positions = data.repeats(trials)
+        voxels = data.average_repeats(data.load_voxels(path, trials), positions[:num_images])  # (n, V)
+        pictures = images[ids[:num_images]].split(64)
+        x = torch.cat([gnet.pool(trunk(gnet.prepare(chunk)), everywhere)[..., 0] for chunk in pictures])  # (n, 64)
+        mean, std = x.mean(0), x.std(0).clamp(min=1e-6)
+        x = (x - mean) / std
+        w = torch.linalg.solve(x.T @ x + ridge * torch.eye(x.shape[1]), x.T @ (voxels - voxels.mean(0)))  # (64, V)
+        w, flat = w / std[:, None], torch.zeros(()).expand  # (a flat field takes no space in the file)
+        num_voxels = voxels.shape[1]
+        readouts[subject] = {"rf0": flat(num_voxels, 25, 25), "rf1": flat(num_voxels, 13, 13),
+                             "w": w.T, "b": voxels.mean(0) - mean @ w}
+    torch.save({"best_params": {"enc": trunk.state_dict(), "fwrfs": readouts}}, path / gnet.FILE)
 
 
 def build_world(path: Path, world: World | None = None, seed: int = 0, rebuild: bool = False) -> None:
@@ -317,6 +354,7 @@ def build_world(path: Path, world: World | None = None, seed: int = 0, rebuild: 
     torch.save(images[: world.shared].float() / 255, evals / "all_images.pt")
     torch.save(np.array(captions), evals / "all_captions.pt")
     torch.save(np.array(captions), evals / "all_git_generated_captions.pt")
+    fit_encoding_model(building, seed)
     shutil.rmtree(path, ignore_errors=True)
     building.rename(path)
 
@@ -335,6 +373,7 @@ class Recipe:
     fine_tune: str = "--max_lr=1e-3 --num_epochs=200"  # longer or faster, it forgets: the prior gets worse
     everything: str = "--batch_size=24 --num_epochs=13 --ckpt_interval=4 --num_sessions=24 --val_sessions=1"
     draw: str = "--batch_size=50 --scheduler=dpm --steps=6 --guidance=1"  # from true tokens as good as 38 Euler steps
+    refine: str = "--batch_size=50 --strength=.3 --guidance=1.5"
 
 
 SMOKE_RECIPE = Recipe(
@@ -342,9 +381,12 @@ SMOKE_RECIPE = Recipe(
     pretrain="--batch_size=14 --num_epochs=1",
     session="--batch_size=8 --num_epochs=2 --num_sessions=1 --val_sessions=1",
     everything="--batch_size=8 --num_epochs=2 --num_sessions=1 --val_sessions=1",
-    draw="--scheduler=dpm --steps=2 --guidance=1 --prior_steps=5")
-METRICS = {"image_retrieval": "image retr.", "brain_retrieval": "brain retr.", "pixcorr": "PixCorr",
-           "two_way_clip": "two-way CLIP", "blurry_pixcorr": "blurry PixCorr"}
+    draw="--scheduler=dpm --steps=2 --guidance=1 --prior_steps=5",
+    refine="--steps=4")
+METRICS = {"retrieval/image": "image retr.", "retrieval/brain": "brain retr.", "recons/pixcorr": "PixCorr",
+           "recons/clip_l": "two-way CLIP", "blurryrecons/pixcorr": "blurry PixCorr",
+           "enhancedrecons/ssim": "refined SSIM"}
+REPORTED = "toy_1session_pretrained"  # the model whose report is written: the paper's claim
 
 
 def run_stage(stage, flags: str) -> dict:
@@ -361,6 +403,7 @@ def headline(path: Path, seed: int, logs: Path, evals: Path, recipe: Recipe, reb
     """Pretrain, train three models of subject 1, draw and score what they read; one dict of numbers a model."""
     import evaluate
     import recon
+    import refine
     import train
     tag = seed_tag(seed)
     pretrained = f"toy_pretrained{tag}"
@@ -384,9 +427,13 @@ def headline(path: Path, seed: int, logs: Path, evals: Path, recipe: Recipe, reb
         if not scores.exists():
             run_stage(recon, f"--model_name={name} {data_flags} --train_logs={logs} --evals={evals} "
                              f"--seed={seed} {recipe.draw}")
-            run_stage(evaluate, f"--model_name={name} {data_flags} --evals={evals}")
+            run_stage(refine, f"--model_name={name} {data_flags} --evals={evals} --seed={seed} {recipe.refine}")
+            report = "" if name == REPORTED + tag else " --no-report"
+            run_stage(evaluate, f"--model_name={name} {data_flags} --evals={evals} --tables={evals / 'tables'} "
+                                f"--train_logs={logs}{report}")
+        values = {row["key"]: row["value"] for row in json.loads(scores.read_text())["rows"]}
         results.append({"model": name.removeprefix("toy_").removesuffix(tag), "seed": seed,
-                        **{key: json.loads(scores.read_text())[key] for key in METRICS}})
+                        **{key: values[key] for key in METRICS}})
     return results
 
 
@@ -411,6 +458,7 @@ def save_headline(path: Path, evals: Path, tag: str, columns: int = 12) -> None:
             "blurry\n(pretrained,\n1 session)": load("toy_1session_pretrained", "blurryrecons"),
             "scratch,\n1 session": load("toy_1session_scratch", "recons"),
             "pretrained,\n1 session": load("toy_1session_pretrained", "recons"),
+            "the same,\nrefined": load("toy_1session_pretrained", "enhancedrecons"),
             "scratch,\nall sessions": load("toy_allsessions_scratch", "recons")}
     columns = min(columns, *(len(pictures) for pictures in rows.values()))
     figure, axes = plt.subplots(len(rows), columns, figsize=(columns + 1.2, len(rows)), squeeze=False)
@@ -450,12 +498,14 @@ def main(argv: list[str] | None = None) -> list[dict]:
         logs, evals = (path / "train_logs", path / "evals") if args.smoke else (Path("train_logs"), path / "evals")
         build_world(path, world, seed, args.rebuild)
         results += headline(path, seed, logs, evals, recipe, args.rebuild)
-        save_headline(path, evals, seed_tag(seed))
+        tag = seed_tag(seed)
+        save_headline(path, evals, tag)
     first = base.with_name(base.name + seed_tag(args.seed[0]))
     (first / "results.json").write_text(json.dumps(results, indent=1))
     print_table(results)
     print(f"\n{(time.time() - start) / 60:.1f} minutes. The table: {first / 'results.json'}, the picture: "
-          f"{first / 'headline.png'}, curves: {logs}/*/curves.png")
+          f"{first / 'headline.png'}, curves: {logs}/*/curves.png\n"
+          f"The report of the pretrained model's one session: {evals / (REPORTED + tag) / 'report.html'}")
     return results
 
 

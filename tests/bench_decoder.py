@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import evaluate  # noqa: E402
 import frozen  # noqa: E402
+import metrics  # noqa: E402
 import recon  # noqa: E402
 import toy  # noqa: E402
 
@@ -34,8 +34,8 @@ def main(count: int = 64) -> None:
     print("|---|---:|---:|---:|---:|---:|")
     for scheduler, steps, guidance in SETTINGS:
         began = time.perf_counter()
-        scores = [evaluate.pixcorr(images, recon.draw(unclip, prompt, start, nothing, steps, guidance, scheduler))
-                  for prompt in (tokens, noisy)]
+        drawn = [recon.draw(unclip, prompt, start, nothing, steps, guidance, scheduler) for prompt in (tokens, noisy)]
+        scores = [metrics.pixcorr(images, pictures).mean().item() for pictures in drawn]
         seconds = time.perf_counter() - began
         first = first or seconds
         print(f"| {scheduler} | {steps} | {guidance} | {scores[0]:.3f} | {scores[1]:.3f} | {seconds / first:.2f} |")
