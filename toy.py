@@ -373,7 +373,7 @@ class Recipe:
     fine_tune: str = "--max_lr=1e-3 --num_epochs=200"  # longer or faster, it forgets: the prior gets worse
     everything: str = "--batch_size=24 --num_epochs=13 --ckpt_interval=4 --num_sessions=24 --val_sessions=1"
     draw: str = "--batch_size=50 --scheduler=dpm --steps=6 --guidance=1"  # from true tokens as good as 38 Euler steps
-    refine: str = "--batch_size=50 --strength=.3 --guidance=1.5"
+    refine: str = "--batch_size=50"
 
 
 SMOKE_RECIPE = Recipe(

@@ -447,9 +447,10 @@ def train_convolutional(name: str, images: torch.Tensor, scenes: toy.Scenes, out
         return sum(F.cross_entropy(heads[key](vectors).float(), values[rows]) for key, values in labels.items())
 
     def recognising() -> torch.Tensor:
-        pictures = worn(draw())
-        one, two = (F.normalize(heads["project"](features(recolour(zoomed(pictures, judge.size)))).float(), dim=-1)
-                    for _ in range(2))
+        pictures = draw()
+        # Each view is worn on its own: a shared noise would give the pair away, and noise be all that is learned.
+        views = [recolour(zoomed(worn(pictures), judge.size)) for _ in range(2)]
+        one, two = (F.normalize(heads["project"](features(view)).float(), dim=-1) for view in views)  # (B, 64) each
         logits, target = one @ two.T / .1, torch.arange(len(one), device=device)  # (B, B)
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
