@@ -19,13 +19,19 @@ training loop holds none of them. This is the project's main speed-up over the o
 A betas row is one single-trial response (GLMsingle) in units of standard deviations: paper appendix A.2 z-scores each
 voxel with the mean and deviation of the whole training set, before any cut to n sessions. That leaks a little of the
 later sessions into the "1 hour" setting, as the paper admits; the files come that way.
+
+    python data.py download --data_path nsd --subjects 1        the released files (hub.py)
+    python data.py prepare --nsd_path RAW --subj 1              or make them from raw NSD (nsd.py)
+    python data.py check --data_path nsd                        is all there, whole, and does it fit? (nsd.py)
 """
 
+import argparse
 import hashlib
 import io
 import os
 import pickle
 import shutil
+import sys
 import tarfile
 import warnings
 from collections import deque
@@ -45,7 +51,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from frozen import encode_latents
-from model import UserError
+from model import UserError, run_main
 
 BEHAV_COLUMNS = (
     "cocoidx", "subject", "session", "run", "trial", "global_trial", "time", "isold", "iscorrect", "rt", "changemind",
@@ -607,3 +613,22 @@ def write_region_masks(path, masks: dict[int, dict[str, np.ndarray]]):
         for subject, regions in masks.items():
             for region, mask in regions.items():
                 file.create_dataset(f"subj0{subject}/{region}", data=np.asarray(mask, bool), track_times=False)
+
+
+def main(argv: list[str] | None = None) -> object:
+    """`python data.py download` is hub.py's, `prepare` and `check` are nsd.py's: they bring and judge the files."""
+    import hub  # here: both import this file
+    import nsd
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser("data.py", description="Get, make or check the files of NSD.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands.add_parser("download", add_help=False, help="the released files, models and networks")
+    nsd.add_commands(commands)
+    if argv[:1] == ["download"]:
+        return hub.main(argv)
+    args = parser.parse_args(argv)
+    return args.command(args)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -75,6 +75,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("evaluate.py", description=__doc__.split("\n\n")[0], formatter_class=formatter)
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     add("--model_name", default="testing", help="a name: folder of the reconstructions in --evals")
+    add("--all_recons_path", help="file of pictures to judge in place of the model's _all_recons.pt, or of its "
+        "_all_enhancedrecons.pt if that is part of the name")
     add("--compare", nargs=2, metavar=("MODEL_A", "MODEL_B"), help="instead of evaluating, compare two models that "
         "were evaluated: mean difference of each row over the same images, its 95%% interval, and how likely chance "
         "alone makes one as large")
@@ -83,7 +85,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--evals", default="evals", help="folder of the reconstructions and of the output")
     add("--tables", default="tables", help="folder of the table, a .csv file")
     add("--train_logs", default="train_logs", help="folder of the checkpoints: the report shows their curves")
-    add("--subj", type=int, default=1, choices=range(1, 9), help="number of the subject; 1, 2, 5 and 7 in the paper")
+    add("--subj", type=int, default=1, help="number of the subject, 1 to 8 in NSD; 1, 2, 5 and 7 in the paper")
     add("--new_test", action=switch, default=True, help="the complete test set, as in the paper; no = its first "
                                                         "release; as for recon.py")
     add("--blend", type=float, default=0.75, help="share of the refined picture in enhancedrecons, the rest is the "
@@ -108,6 +110,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 # What to judge
 
 def output(args: argparse.Namespace, name: str) -> Path:
+    """Where a file of the model is, name = "all_recons.pt" or another; --all_recons_path takes one's place."""
+    if args.all_recons_path and name == f"all_{'enhanced' * ('enhancedrecons' in args.all_recons_path)}recons.pt":
+        return Path(args.all_recons_path)
     return Path(args.evals) / args.model_name / f"{args.model_name}_{name}"
 
 

@@ -68,7 +68,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     formatter = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser("recon.py", description=__doc__.split("\n\n")[0], formatter_class=formatter)
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
-    add("--model_name", default="testing", help="a name: folder of the checkpoint in --train_logs and of the output")
+    add("--model_name", default="testing", help="a name: folder of the checkpoint in --train_logs and of the output; "
+        "one of the release's that is not there is downloaded")
     add("--tag", default="last", help="a name: which checkpoint of the model, TAG.pth; the paper's is last")
     add("--data_path", default="toy", help="folder of the data; NSD's in the paper")
     add("--cache_dir", help="folder of the frozen networks; None = --data_path")
@@ -76,7 +77,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                          "CACHE_DIR/unclip6_epoch0_step110000.ckpt if that is there instead")
     add("--train_logs", default="train_logs", help="folder of the checkpoints")
     add("--evals", default="evals", help="folder of the output")
-    add("--subj", type=int, default=1, choices=range(1, 9), help="number of the subject; 1, 2, 5 and 7 in the paper")
+    add("--subj", type=int, default=1, help="number of the subject, 1 to 8 in NSD; 1, 2, 5 and 7 in the paper")
     add("--new_test", action=switch, default=True, help="the complete test set, the paper's; no = its first part")
     add("--blurry_recon", action=switch, default=True, help="also decode the low-level head; on in the paper")
     add("--captions", action=switch, default=True, help="also caption, by GIT; on in the paper")
@@ -139,6 +140,15 @@ def stimulated_brains(args: argparse.Namespace) -> SimpleNamespace:
 
 def checkpoint_file(args: argparse.Namespace) -> Path:
     return Path(args.train_logs) / args.model_name / f"{args.tag}.pth"
+
+
+def fetch_released(args: argparse.Namespace, state: PartialState) -> None:
+    """Download the checkpoint if it is one of the release's and not here. Raises UserError if it is neither."""
+    path = checkpoint_file(args)
+    with state.main_process_first():
+        if args.tag == "last" and not path.exists() and not path.with_suffix("").exists():
+            import hub  # here: most runs need no hub
+            hub.fetch_model(args.model_name, args.train_logs)
 
 
 def load_model(args: argparse.Namespace, voxels: int) -> tuple[MindEye2, int]:
@@ -461,6 +471,7 @@ def main(argv: list[str] | None = None) -> dict[str, Tensor]:
     args, state = parse(argv), PartialState(cpu=not torch.cuda.is_available())
     device = state.device
     brains = stimulated_brains(args) if args.stimulate else seen_brains(args)
+    fetch_released(args, state)
     model, ridge = load_model(args, num_voxels(args.data_path, args.subj))
     if state.is_local_main_process:  # may convert the released decoder: once
         check_decoder(args, model.backbone.token_shape[1])

@@ -79,7 +79,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--sdxl", help="SDXL: a folder of diffusers' StableDiffusionXLPipeline, or one .safetensors file in the "
                        f"original format; None = CACHE_DIR/sdxl, or else CACHE_DIR/{SDXL_FILE}, the paper's")
     add("--evals", default="evals", help="folder of the reconstructions and of the output")
-    add("--subj", type=int, default=1, choices=range(1, 9), help="number of the subject; 1, 2, 5 and 7 in the paper")
+    add("--subj", type=int, default=1, help="number of the subject, 1 to 8 in NSD; 1, 2, 5 and 7 in the paper")
     add("--new_test", action=switch, default=True, help="the complete test set, the paper's; as for recon.py")
     add("--prompt", default="captions", help="what SDXL is told: captions (predicted by recon.py; the paper's), empty "
         "(nothing; the other column of Table 11), or a file with a prompt for each picture: .txt, one a line, or "

@@ -69,7 +69,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--evals", default="evals", help="folder of the reconstructions, the scores and the report")
     add("--tables", default="tables", help="folder of evaluate.py's CSV tables")
     add("--train_logs", default="train_logs", help="folder of the checkpoints")
-    add("--subj", type=int, default=1, choices=range(1, 9), help="number of the subject; 1, 2, 5 and 7 in the paper")
+    add("--subj", type=int, default=1, help="number of the subject, 1 to 8 in NSD; 1, 2, 5 and 7 in the paper")
     add("--new_test", action=argparse.BooleanOptionalAction, default=True,
         help="the complete test set, as in the paper; no = its first release; as for recon.py")
     args = parser.parse_args(argv)
@@ -409,7 +409,9 @@ def distances(products: Tensor, unit_length: bool = False) -> Tensor:
 
 def umap_points(between: Tensor) -> np.ndarray:
     """Points (k, 2) whose neighbours are those of the distances (k, k) (McInnes et al. 2020); the same on each call."""
-    import umap  # here: it takes seconds to load, and ten to compile itself on its first call
+    import numba  # here, as umap: they take seconds to load, and ten to compile themselves on their first call
+    numba.config.THREADING_LAYER = "workqueue"  # another one is PyTorch's, too: it would change its number of threads
+    import umap
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it cannot invert a map of given distances, and will not use threads

@@ -28,7 +28,7 @@ import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.tracking import TensorBoardTracker, WandBTracker
 from accelerate.utils import set_seed
 from torchvision.transforms import v2
@@ -52,9 +52,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--model_name", default="testing", help="run name: folder in train_logs that receives everything")
     p.add_argument("--data_path", help="folder of the dataset; none: the toy world in ./toy, built if it is missing")
     p.add_argument("--cache_dir", help="folder of the frozen networks and their cached targets; none: data_path")
-    p.add_argument("--subj", type=int, default=1, choices=range(1, 9),
-                   help="subject to train on; with --multi_subject the one LEFT OUT of pretraining")
-    p.add_argument("--multisubject_ckpt", help="fine-tune from this pretrained run (folder or .pth)")
+    p.add_argument("--subj", type=int, default=1,
+                   help="subject to train on, 1 to 8 in NSD; with --multi_subject the one LEFT OUT of pretraining")
+    p.add_argument("--multisubject_ckpt", help="fine-tune from this pretrained run (folder or .pth); a released one "
+                                               "that is not there is downloaded")
     p.add_argument("--num_sessions", type=int, default=1,
                    help="sessions (hours) of --subj to train on, from the first; the paper: 1 or 40; pretraining: all")
     p.add_argument("--use_prior", action=flag, default=True, help="train the diffusion prior (paper §2.2)")
@@ -139,7 +140,7 @@ def load_targets(args: argparse.Namespace, accelerator: Accelerator, sets: Simpl
     rows = sorted({int(row) for part in used for row in part.trials.image})
     with accelerator.main_process_first():  # one process encodes, the others then find all rows done
         cached = data.cache_targets(args.data_path, args.cache_dir, rows, frozen, args.teacher_views, device)
-    return SimpleNamespace(frozen=frozen, images=data.Images(args.data_path), **cached)
+    return SimpleNamespace(frozen=frozen, images=data.Images(args.data_path), rows=rows, **cached)
 
 
 def fetch(targets: SimpleNamespace, rows: np.ndarray, device: torch.device, args: argparse.Namespace) -> dict:
@@ -297,7 +298,12 @@ def choose_sizes(args: argparse.Namespace) -> tuple[dict, dict | None]:
     given = {name: getattr(args, name) for name in sizes if getattr(args, name) is not None}
     if not args.multisubject_ckpt:
         return sizes | given, None
-    checkpoint = networks.load_checkpoint(args.multisubject_ckpt, flag="--multisubject_ckpt")
+    path = Path(args.multisubject_ckpt)
+    if not path.exists() and path.suffix != ".pth":  # perhaps one of the release's
+        import hub  # here: most runs need no hub
+        with PartialState(cpu=not torch.cuda.is_available()).main_process_first():
+            hub.fetch_model(path.name, path.parent, "--multisubject_ckpt")
+    checkpoint = networks.load_checkpoint(path, flag="--multisubject_ckpt")
     known = networks.config_from_state_dict(checkpoint["model_state_dict"]) | checkpoint.get("config", {})
     sizes |= {name: known[name] for name in sizes if name in known}
     for name, value in given.items():
@@ -310,7 +316,7 @@ def choose_sizes(args: argparse.Namespace) -> tuple[dict, dict | None]:
 def build_model(args: argparse.Namespace, sizes: dict, pretrained: dict | None, num_voxels: list[int],
                 targets: SimpleNamespace) -> MindEye2:
     """The frozen networks set the sizes of the targets; `pretrained` gives all but the ridge its first weights."""
-    latent_size = targets.vae[[0]].shape[-1] if args.blurry_recon else 28
+    latent_size = targets.vae[targets.rows[:1]].shape[-1] if args.blurry_recon else 28
     clip = targets.frozen["clip"]
     model = MindEye2(num_voxels, clip_seq_dim=clip.seq_dim, clip_emb_dim=clip.emb_dim, latent_size=latent_size,
                      blurry_recon=args.blurry_recon, use_prior=args.use_prior, **sizes)

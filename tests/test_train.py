@@ -20,6 +20,8 @@ from golden_weights import golden
 
 import data
 import model as networks
+import nsd
+import recon
 import train
 from frozen import FrozenCLIP
 from model import UserError
@@ -303,3 +305,19 @@ def test_two_processes(smoke_world, tmp_path):
                   "--num_epochs=2")
     assert done.returncode == 0, done.stderr[-2000:]
     assert not any(key.startswith("module.") for key in weights(tmp_path, "a"))
+
+
+# ---- another dataset (README)
+
+def test_a_ninth_person_from_scans_to_pictures(world_copy, pretrained, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(12, 3, 40, 40, generator=generator)
+    image_of_trial = torch.arange(24) // 2  # each picture twice; the last four are kept for testing
+    voxels = torch.randn(24, 33, generator=generator)
+    nsd.write_subject(world_copy, 9, voxels, images, image_of_trial, np.ones(24, int), image_of_trial >= 8)
+    run(world_copy, tmp_path, "--model_name=mine", "--subj=9", "--num_epochs=1",
+        f"--multisubject_ckpt={pretrained / 'train_logs/pretrained'}")
+    assert weights(tmp_path, "mine")["ridge.linears.0.weight"].shape == (32, 33)
+    drawn = recon.main([f"--data_path={world_copy}", f"--train_logs={tmp_path / 'train_logs'}", "--model_name=mine",
+                        f"--evals={tmp_path / 'evals'}", "--subj=9", "--scheduler=dpm", "--steps=2", "--guidance=1"])
+    assert drawn["recons"].shape == (4, 3, 64, 64) and len(drawn["predcaptions"]) == 4
