@@ -95,8 +95,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--stimulate", nargs="+", metavar="REGION", help="instead of test images, draw what a pattern of 1 inside "
         f"REGION and 0 outside looks like (A.14), {DRAWS} times each; regions of the masks file, V1+V2 joins two")
     add("--batch_size", type=int, default=16, help="images at once, a process; 1 in the paper's code")
-    add("--low_memory", action=switch, default=False, help="for a GPU of 24 GB: MindEye2's weights in bfloat16, the "
-        "two halves of guidance one after the other, pictures decoded in tiles")
+    add("--low_memory", action=switch, default=False, help="for a small GPU: MindEye2's weights in bfloat16, the "
+        "two halves of guidance one after the other; 8 GB do, 12 without (README.md)")
     add("--num_images", type=int, help="images, the first by row number; None = all (1000 in the paper)")
     add("--seed", type=int, default=42, help="a number, the seed of all noise; 42 in the paper's code")
     args = parser.parse_args(argv)
@@ -327,8 +327,6 @@ def load_decoder(args: argparse.Namespace, device: torch.device) -> SimpleNamesp
     # bfloat16 halves the UNet's 10 GB.
     unclip = frozen.load_unclip(args.unclip, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     unclip.vae.enable_slicing()  # one picture at a time: at 768 pixels each needs gigabytes
-    if args.low_memory:
-        unclip.vae.enable_tiling()
     unclip.clip = frozen.load_clip(args.cache_dir, device) if args.n_samples > 1 else None
     return unclip
 

@@ -93,7 +93,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--guidance", type=float, default=5.0, help="guidance scale; 5 in the paper's code, 1 = off at half the cost")
     add("--batch_size", type=int, default=16, help="pictures at once, a process; 1 in the paper's code")
     add("--low_memory", action=switch, default=False, help="for a small GPU: the two halves of guidance one after the "
-        "other, the VAE in overlapping tiles of half a picture's side (slightly other pictures)")
+        "other")
     add("--num_images", type=int, help="pictures, the first by row number; None = all (1000 in the paper)")
     add("--seed", type=int, default=42, help="a number, the seed of all noise; 42 in the paper's code")
     args = parser.parse_args(argv)
@@ -303,9 +303,6 @@ def load_painter(args: argparse.Namespace, device: torch.device) -> SimpleNamesp
     target = unet.config.sample_size * factor
     size = min(SIZE, target)
     vae.enable_slicing()  # one picture at a time: at 768 pixels each needs gigabytes
-    if args.low_memory:
-        vae.enable_tiling()
-        vae.tile_sample_min_size, vae.tile_latent_min_size = size // 2, size // factor // 2
     return SimpleNamespace(unet=unet, vae=vae, scheduler=load_scheduler(sdxl), size=size, target=target,
                            latent=(unet.config.in_channels, size // factor, size // factor))
 
