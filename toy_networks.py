@@ -1,10 +1,10 @@
-"""How the toy world's frozen networks were trained: CLIP, feature teacher, VAE, unCLIP decoder, captioner.
+"""How the toy world's frozen networks were trained: CLIP, teacher, VAE, unCLIP decoder, captioner, refiner, judges.
 
 MindEye2 stands on networks that others pretrained for months: OpenCLIP bigG, a VICRegL ConvNeXt, the Stable Diffusion
 VAE and an SDXL fine-tuned to take CLIP tokens (paper §2.1-2.4). Their toy twins learn the same jobs from 60,000
 procedural scenes. The repository ships the result in toy_networks/, so you need this file only to change a network:
 
-    python toy.py --train_frozen              # ten minutes on an H100, hours on a CPU; writes toy_networks/
+    python toy.py --train_frozen              # half an hour on an H100, days on a CPU; writes toy_networks/
     python toy_networks.py git                # one of them anew, on those that are there
 
 | folder         | saved by                     | maps                                                              |
@@ -28,9 +28,10 @@ What made them good enough to look at (each was worth more than a bigger network
 * UNet: predicts velocity, not noise: at high noise "which noise was added" says nothing about the picture.
 * All steps run as one CUDA graph: networks this small otherwise wait for Python.
 
-The shipped weights were made by this code on an H100 in 200 s (CLIP and VAE side by side) and 290 s (UNet, in two
-runs of 5,120 and 5,600 steps instead of one of 11,000); GIT and its converter by `python toy_networks.py git` on one
-CPU core in twenty minutes. From true tokens they draw unseen scenes at PixCorr .995.
+The shipped weights were made by this code on an H100: CLIP in 110 s, then the UNet (322 s) beside GIT (133 s), then
+SDXL (407 s) beside the judges (489 s); VAE and teacher are older, of the same code. SwAV's twin learned before its two
+views were worn apart (train_convolutional): it takes noise for content. From true tokens the decoder draws unseen
+scenes at PixCorr .988; from tokens as noisy as a brain's it keeps what is there and loses where.
 """
 import argparse
 import hashlib
