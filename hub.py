@@ -18,7 +18,7 @@ checksum that the repository lists, so what has its name is whole. {data_path}/d
 was taken and each file's checksum; later calls stay at that revision unless --revision says otherwise.
 
 NSD is free but not ours to give: agree to its terms first (README.md). The repository holds over 100 GB; what the
-original's README leaves out (other runs' evals and train_logs, three files of the authors' own) is left out here.
+original's README leaves out (other runs' evals and train_logs, two files of the authors' own) is left out here.
 """
 
 import argparse
@@ -51,8 +51,8 @@ TRIES = 3         # in a row without a byte, each of them with five of http_get'
 RECORD = "download.json"
 NETWORK_ERRORS = (OSError, errors.HfHubHTTPError.__bases__[0])  # whichever HTTP library huggingface_hub is built on
 
-# The original's README: left out, and taken all the same.
-EXCLUDED = ("train_logs/", "evals/", "human_trials_mindeye2.ipynb", "subj01_annots.npy", "shared1000.npy")
+# Left out as in the original's README, and taken all the same. (It leaves out shared1000.npy, too; `check` reads it.)
+EXCLUDED = ("train_logs/", "evals/", "human_trials_mindeye2.ipynb", "subj01_annots.npy")
 INCLUDED = ("evals/all_images.pt", "evals/all_captions.pt", "evals/all_git_generated_captions.pt")
 WEIGHTS = (".pth", ".pt", ".ckpt", ".safetensors")  # at the repository's top level: a frozen network
 

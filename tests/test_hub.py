@@ -151,10 +151,10 @@ def tree(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-def test_brings_what_the_original_brings_for_the_chosen_subjects_only(server, tmp_path, capsys):
+def test_brings_what_the_stages_read_for_the_chosen_subjects_only(server, tmp_path, capsys):
     get(tmp_path, "--subjects", "1", "7")
     shared = {"coco_images_224_float16.hdf5", "brain_region_masks.hdf5", "COCO_73k_subj_indices.hdf5", "README.md",
-              "evals/all_images.pt", "evals/all_captions.pt", "evals/all_git_generated_captions.pt"}
+              "shared1000.npy", "evals/all_images.pt", "evals/all_captions.pt", "evals/all_git_generated_captions.pt"}
     own = {BETAS.format(s) for s in (1, 7)}
     own |= {f"wds/subj0{s}/{split}/0.tar" for s in (1, 7) for split in ("train", "new_test")}
     assert tree(tmp_path / "nsd") == shared | own | {m.RECORD}
@@ -164,7 +164,7 @@ def test_brings_what_the_original_brings_for_the_chosen_subjects_only(server, tm
     for path in shared | own:
         assert (tmp_path / "nsd" / path).read_bytes() == CONTENT[path]
     printed = capsys.readouterr().out
-    assert f"{m.REPOSITORY} at {server.commit(m.REPOSITORY)[:10]}: 18 files" in printed
+    assert f"{m.REPOSITORY} at {server.commit(m.REPOSITORY)[:10]}: 19 files" in printed
     assert refine.SDXL_FILE in printed  # not in this repository: says from where
 
 

@@ -144,7 +144,7 @@ def built(line: str) -> networks.MindEye2:
     voxels = [count for s, count in enumerate(VOXELS, 1) if (s != args.subj) == args.multi_subject]
     args.multisubject_ckpt = None  # its sizes would be those of the line, else train.py refuses it
     sizes, _ = train.choose_sizes(args)
-    targets = SimpleNamespace(vae=torch.zeros(1, 4, 28, 28),
+    targets = SimpleNamespace(vae=torch.zeros(1, 4, 28, 28), rows=[0],
                               frozen={"clip": SimpleNamespace(seq_dim=256, emb_dim=1664)})
     with torch.device("meta"):
         return train.build_model(args, sizes, None, voxels, targets)

@@ -17,6 +17,7 @@ import torch
 from bench_captions import rates
 
 import data
+import judges
 import metrics
 import recon
 import toy
@@ -90,12 +91,13 @@ def test_names_and_layouts_are_the_releases(world):
     names = {str(path.relative_to(world)) for path in world.rglob("*") if path.is_file()}
     expected = {"coco_images_224_float16.hdf5", "brain_region_masks.hdf5", "shared1000.npy", "evals/all_images.pt",
                 "evals/all_captions.pt", "evals/all_git_generated_captions.pt", "bigG_to_L_epoch8.pth",
-                "gnet_multisubject.pt"}
+                "gnet_multisubject.pt", *map(judges.file_name, judges.VISION)}
     for subject, sessions in enumerate(MEDIUM.sessions, 1):
         expected |= {f"betas_all_subj0{subject}_fp32_renorm.hdf5", f"wds/subj0{subject}/test/0.tar",
                      f"wds/subj0{subject}/new_test/0.tar"}
         expected |= {f"wds/subj0{subject}/train/{session}.tar" for session in range(sessions)}
-    networks = {name for name in names if name.split("/")[0] in ("clip", "teacher", "unclip", "vae", "git")}
+    folders = ("clip", "teacher", "unclip", "vae", "git", "sdxl", "clip_L", "clip_B", "sentence")
+    networks = {name for name in names if name.split("/")[0] in folders}
     assert names - networks == expected
     assert not world.with_name("toy.building").exists()
 
