@@ -46,15 +46,11 @@ def at_size(images: Tensor, size: int, antialias: bool = False) -> Tensor:
     return F.interpolate(images.float(), (size, size), mode="bilinear", align_corners=False, antialias=antialias)
 
 
-def standardised(x: Tensor) -> Tensor:
-    """(n, ..) -> (n, features) float64, each row with mean 0 and length 1: dot products are Pearson correlations."""
-    x = x.flatten(1).double()
-    return F.normalize(x - x.mean(1, keepdim=True), dim=1)  # a constant row becomes 0: correlated with nothing
-
-
 def pearson(a: Tensor, b: Tensor) -> Tensor:
     """sum((a - mean a)(b - mean b)) / (|a - mean a| |b - mean b|) of each row of a (n, ..) and that of b -> (n,)."""
-    return (standardised(a) * standardised(b)).sum(1)
+    a, b = (x.flatten(1) - x.flatten(1).mean(1, keepdim=True) for x in (a, b))  # (n, features)
+    products, *squares = ((x * y).sum(1).double() for x, y in ((a, b), (a, a), (b, b)))
+    return products / (squares[0] * squares[1]).sqrt().clamp(min=1e-30)  # a constant row is correlated with nothing: 0
 
 
 def pixcorr(images: Tensor, recons: Tensor, size: int = 425, antialias: bool = False) -> Tensor:
