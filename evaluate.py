@@ -55,6 +55,7 @@ from data import (
     load_voxels,
     repeats,
     replacing,
+    resized,
 )
 from features import digest, hear, identified, kept
 from frozen import load_clip
@@ -163,7 +164,7 @@ def read_pictures(args: argparse.Namespace, rows: np.ndarray) -> tuple[SimpleNam
         if output(args, f"all_{name}.pt").exists():
             pictures[name] = read(args, name, len(rows))
     seen, size = Images(args.data_path)[rows], pictures["recons"].shape[-1]
-    seen, *others = (metrics.at_size(x, size, args.antialias) for x in (seen, *pictures.values()))
+    seen, *others = (resized(x, size, args.antialias) for x in (seen, *pictures.values()))
     pictures = dict(zip(pictures, others, strict=True))
     if "enhancedrecons" in pictures and "blurryrecons" in pictures:  # section 2.4: the blurry one adds low-level truth
         pictures["enhancedrecons"] = torch.lerp(pictures["blurryrecons"], pictures["enhancedrecons"], args.blend)

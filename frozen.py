@@ -45,7 +45,7 @@ CLIP_MEAN, CLIP_STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_ST
 TEACHER_MEAN, TEACHER_STD = (0.485, 0.456, 0.406), (0.228, 0.224, 0.225)
 
 
-def _normalise(images: Tensor, mean: tuple, std: tuple) -> Tensor:
+def normalised(images: Tensor, mean: tuple, std: tuple) -> Tensor:
     """(x - mean) / std of each channel, with plain numbers: a CUDA graph (toy_networks.py) takes no new tensors."""
     return torch.stack([(images[:, c] - mean[c]) / std[c] for c in range(3)], 1)
 
@@ -58,7 +58,7 @@ def clip_preprocess(images: Tensor, size: int) -> Tensor:
     """
     if images.shape[-2:] != (size, size):
         images = F.interpolate(images, (size, size), mode="bicubic", align_corners=True)
-    return _normalise((images + 1) / 2, CLIP_MEAN, CLIP_STD)
+    return normalised((images + 1) / 2, CLIP_MEAN, CLIP_STD)
 
 
 class FrozenCLIP(nn.Module):
@@ -198,7 +198,7 @@ class FrozenTeacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        maps = self.network(_normalise(images, TEACHER_MEAN, TEACHER_STD))
+        maps = self.network(normalised(images, TEACHER_MEAN, TEACHER_STD))
         maps = getattr(maps, "last_hidden_state", maps)  # (B, 512, h, w)
         return maps.flatten(2).transpose(1, 2)           # (B, F, 512)
 

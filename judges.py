@@ -40,11 +40,12 @@ from torchvision import models
 from torchvision.models.feature_extraction import create_feature_extractor
 from transformers import AutoModel, AutoTokenizer
 
+from data import resized
+from frozen import CLIP_MEAN, CLIP_STD, normalised
 from model import UserError, reading, run_main, torch_load
 
 FLAG = "--cache_dir"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-CLIP_MEAN, CLIP_STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
 
 
 class Missing(Exception):
@@ -56,10 +57,8 @@ def view(images: Tensor, size: int, mean: tuple, std: tuple, antialias: bool = F
 
     No crop. The paper's torchvision made tensors smaller without antialiasing, and its numbers hold for that only.
     """
-    images = images.float()
-    if images.shape[-2:] != (size, size):
-        images = F.interpolate(images, (size, size), mode="bilinear", align_corners=False, antialias=antialias)
-    return torch.stack([(images[:, c] - mean[c]) / std[c] for c in range(3)], 1)
+    images = images.float() if images.shape[-2:] == (size, size) else resized(images, size, antialias)
+    return normalised(images, mean, std)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -280,15 +279,15 @@ def load_vision(name: str, cache_dir: str | Path, device: str | torch.device) ->
     """
     if name in VISION:
         network, description, file = load_convolutional(name, cache_dir, device)
-        normalised, size, files = (IMAGENET_MEAN, IMAGENET_STD), VISION[name].size, [file]
+        spread, size, files = (IMAGENET_MEAN, IMAGENET_STD), VISION[name].size, [file]
     else:
         clip = load_clip(name, cache_dir, device)
-        normalised, size = (CLIP_MEAN, CLIP_STD), clip.network.visual.image_size[0]  # 224; a stand-in may see less
+        spread, size = (CLIP_MEAN, CLIP_STD), clip.network.visual.image_size[0]  # 224; a stand-in may see less
         description, files = clip.description, clip.files
 
     @torch.no_grad()
     def features(images: Tensor, antialias: bool = False) -> dict[str, Tensor]:
-        seen = view(images.to(device), size, *normalised, antialias)  # (B, 3, size, size)
+        seen = view(images.to(device), size, *spread, antialias)  # (B, 3, size, size)
         said = network(seen) if name in VISION else {name: clip.network.encode_image(seen)}
         return {key: values.float().flatten(1) for key, values in said.items()}  # (B, F) each
 

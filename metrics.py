@@ -21,7 +21,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from nltk.stem import PorterStemmer
 from nltk.tokenize import word_tokenize
 from nltk.translate.meteor_score import single_meteor_score
@@ -30,21 +29,14 @@ from skimage.metrics import structural_similarity
 from torch import Tensor
 from tqdm import tqdm
 
+from data import resized
+
 CHUNK = 25  # pictures at once; at 425 pixels each takes 2 MB
 SLICE = 2**14  # features at once: AlexNet's second layer has 185,000 of each picture
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Pixels
-
-def at_size(images: Tensor, size: int, antialias: bool = False) -> Tensor:
-    """(n, 3, H, W) -> (n, 3, size, size) float32, bilinear.
-
-    The paper's torchvision (0.16) did not antialias tensors; today's does unless told. It matters where a picture
-    shrinks (256 -> 224: up to .025 of a pixel's value), not where it grows.
-    """
-    return F.interpolate(images.float(), (size, size), mode="bilinear", align_corners=False, antialias=antialias)
-
 
 def pearson(a: Tensor, b: Tensor) -> Tensor:
     """sum((a - mean a)(b - mean b)) / (|a - mean a| |b - mean b|) of each row of a (n, ..) and that of b -> (n,)."""
@@ -59,7 +51,7 @@ def pixcorr(images: Tensor, recons: Tensor, size: int = 425, antialias: bool = F
     images, recons (n, 3, H, W), each of its own H and W. 425 is the size at which the subjects saw them.
     """
     pairs = zip(images.split(CHUNK), recons.split(CHUNK), strict=True)
-    return torch.cat([pearson(*(at_size(x, size, antialias) for x in pair)) for pair in pairs])
+    return torch.cat([pearson(*(resized(x, size, antialias) for x in pair)) for pair in pairs])
 
 
 def ssim(images: Tensor, recons: Tensor, size: int = 425, antialias: bool = False) -> Tensor:
@@ -72,7 +64,7 @@ def ssim(images: Tensor, recons: Tensor, size: int = 425, antialias: bool = Fals
     settings = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 1.0}
     values = []
     for pair in zip(tqdm(images, desc="SSIM", unit="image", leave=False, delay=2), recons, strict=True):
-        grey = [rgb2gray(at_size(x[None], size, antialias)[0].permute(1, 2, 0).numpy()) for x in pair]  # (size, size)
+        grey = [rgb2gray(resized(x[None], size, antialias)[0].permute(1, 2, 0).numpy()) for x in pair]  # (size, size)
         values.append(structural_similarity(*grey, **settings))
     return torch.tensor(values, dtype=torch.float64)
 

@@ -32,7 +32,6 @@ import nibabel
 import numpy as np
 import pandas
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
@@ -201,7 +200,7 @@ def shrunk(images: torch.Tensor, size: int) -> np.ndarray:
     """
     images = images / 255 if images.dtype == torch.uint8 else images.float()
     if images.shape[-2:] != (size, size):
-        images = F.interpolate(images, (size, size), mode="bilinear", align_corners=False, antialias=True)
+        images = data.resized(images, size, antialias=True)
     return images.clamp(0, 1).half().numpy()
 
 

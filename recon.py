@@ -263,6 +263,24 @@ def dpm(predict: Callable, x: Tensor, scheduler, steps: int) -> Tensor:
     return x
 
 
+def guided(run_unet: Callable, told: object, blind: object, both: object, guidance: float,
+           one_by_one: bool) -> Callable:
+    """predict(x, t) for a sampler: away from what run_unet(x, t, blind) says, towards what it says to `told`.
+
+    both is blind and told joined into one batch; one_by_one evaluates the two in turn instead: half the memory.
+    """
+    def predict(x: Tensor, t: Tensor) -> Tensor:
+        """(B, 4, L, L) -> (B, 4, L, L)."""
+        if guidance == 1:
+            return run_unet(x, t, told)
+        if one_by_one:
+            away, towards = run_unet(x, t, blind), run_unet(x, t, told)
+        else:
+            away, towards = run_unet(torch.cat((x, x)), t, both).chunk(2)
+        return away + guidance * (towards - away)
+    return predict
+
+
 @torch.no_grad()
 def draw(
     unclip: SimpleNamespace, tokens: Tensor, start: Tensor, unconditional: Tensor | None = None,
@@ -285,16 +303,7 @@ def draw(
     def run_unet(x: Tensor, t: Tensor, prompt: Tensor) -> Tensor:
         return unet(x.to(unet.dtype), t, prompt, class_labels=vector.expand(len(x), -1)).sample.float()
 
-    def predict(x: Tensor, t: Tensor) -> Tensor:
-        """(B, 4, L, L) -> (B, 4, L, L), guided: away from what the UNet would draw without a prompt."""
-        if guidance == 1:
-            return run_unet(x, t, tokens)
-        if one_by_one:
-            blind, told = run_unet(x, t, blind_tokens), run_unet(x, t, tokens)
-        else:
-            blind, told = run_unet(torch.cat((x, x)), t, both).chunk(2)
-        return blind + guidance * (told - blind)
-
+    predict = guided(run_unet, tokens, blind_tokens, both, guidance, one_by_one)
     x = (euler if scheduler == "euler" else dpm)(predict, start, unclip.scheduler, steps)        # (B, 4, L, L)
     pixels = vae.decode(x.float() / vae.config.scaling_factor).sample                            # (B, 3, 8 L, 8 L)
     # Scale and shift are .5 for a decoder that draws in [-1, 1]. The released one has .8 and .2, found by hand: its

@@ -54,6 +54,7 @@ from recon import (
     batch_noise,
     collect,
     euler,
+    guided,
     noise_levels,
     open_parts,
     run_pass,
@@ -333,16 +334,7 @@ def redraw(
         added = {"text_embeds": words["pooled"], "time_ids": numbers.expand(len(x), -1)}
         return unet(x.to(unet.dtype), t, words["tokens"], added_cond_kwargs=added).sample.float()
 
-    def predict(x: Tensor, t: Tensor) -> Tensor:
-        """(B, 4, L, L) -> (B, 4, L, L), guided: away from what the negative prompt would give."""
-        if guidance == 1:
-            return run_unet(x, t, told)
-        if one_by_one:
-            away, towards = run_unet(x, t, blind), run_unet(x, t, told)
-        else:
-            away, towards = run_unet(torch.cat((x, x)), t, both).chunk(2)
-        return away + guidance * (towards - away)
-
+    predict = guided(run_unet, told, blind, both, guidance, one_by_one)
     skip = steps - kept_steps(steps, strength)
     sigma = noise_levels(sdxl.scheduler, steps)[1][skip].item()                 # 1.509: what step 13 of 25 starts from
     start = start_latents(latents, noise, torch.zeros(count, device=noise.device), sigma)

@@ -110,6 +110,11 @@ def train(name: str, network: nn.Module, loss_fn, device: str, scale: float = 1.
     return network.eval()
 
 
+def both_ways(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """The contrast of CLIP, and of all that learn likewise: rows find their columns, and columns their rows."""
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
 def capture(step):
     """Record step once as a CUDA graph and return its replay: one launch in place of thousands."""
     stream = torch.cuda.Stream()
@@ -183,7 +188,7 @@ def train_clip(images: torch.Tensor, scenes: toy.Scenes, folder: Path, device: s
         logits = clip.logit_scale.exp().clamp(max=100) * image_vector @ text_vector.T  # (B, B)
         same = (words[rows][:, None] == words[rows][None]).all(-1).float()  # a twin caption is no negative
         target = same / same.sum(1, keepdim=True)
-        contrast = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        contrast = both_ways(logits, target)
         # Cosines times 16: to be sure of a class, a token must spend much of its length on it.
         told = F.normalize(torch.cat([pooled[:, None], tokens], 1).float(), dim=-1)  # (B, 17, 64)
         attributes = 0
@@ -229,7 +234,7 @@ def train_teacher(images: torch.Tensor, folder: Path, device: str, scale: float)
         pictures = images[torch.randint(len(images), (BATCH["teacher"],), device=device)].float() / 255
         logits = features(recolour(pictures)) @ features(recolour(pictures)).T / .1  # (B * 4, B * 4)
         target = torch.arange(len(logits), device=device)
-        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        return both_ways(logits, target)
 
     train("teacher", teacher, loss, device, scale)
     teacher.half().save_pretrained(folder)
@@ -453,7 +458,7 @@ def train_convolutional(name: str, images: torch.Tensor, scenes: toy.Scenes, out
         views = [recolour(zoomed(worn(pictures), judge.size)) for _ in range(2)]
         one, two = (F.normalize(heads["project"](features(view)).float(), dim=-1) for view in views)  # (B, 64) each
         logits, target = one @ two.T / .1, torch.arange(len(one), device=device)  # (B, B)
-        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        return both_ways(logits, target)
 
     train(name, nn.ModuleList([network, heads]), recognising if name == "swav" else naming, device, scale, decay=.99)
     settle(network, lambda: judges.view(worn(draw()), judge.size, judges.IMAGENET_MEAN, judges.IMAGENET_STD))
@@ -479,19 +484,19 @@ def train_judge_clip(name: str, images: torch.Tensor, scenes: toy.Scenes, folder
     def loss() -> torch.Tensor:
         rows = torch.randint(len(images), (BATCH[name],), device=device)
         pictures = worn(images[rows].float() / 255)
-        image = clip.encode_image(judges.view(pictures, size, judges.CLIP_MEAN, judges.CLIP_STD)).float()
+        image = clip.encode_image(judges.view(pictures, size, frozen.CLIP_MEAN, frozen.CLIP_STD)).float()
         text = clip.encode_text(words[rows]).float()                       # (B, E), both
         logits = F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T  # (B, B)
         logits = clip.logit_scale.exp().clamp(max=100) * logits
         target = (words[rows][:, None] == words[rows][None]).all(-1).float()
         target = target / target.sum(1, keepdim=True)  # a twin caption is no negative
-        contrast = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        contrast = both_ways(logits, target)
         named = sum(F.cross_entropy(heads[key](vectors), values[rows])
                     for vectors in (image, text) for key, values in labels.items())
         return contrast + .25 * named
 
     train(name, nn.ModuleList([clip, heads]), loss, device, scale, decay=.99)
-    preprocess = {"mean": judges.CLIP_MEAN, "std": judges.CLIP_STD}
+    preprocess = {"mean": frozen.CLIP_MEAN, "std": frozen.CLIP_STD}
     (folder / "open_clip_config.json").write_text(
         json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}, indent=1))
     save_half(clip.state_dict(), folder / "open_clip_model.safetensors")

@@ -36,6 +36,13 @@ def random_weights(build: Callable, dtype: torch.dtype = torch.float32) -> torch
     return network
 
 
+def print_head() -> None:
+    """The card, and the head of the table whose rows `measure` prints."""
+    print(torch.cuda.get_device_name(), "torch", torch.__version__)
+    print(f"| {'pass':<46} | batch | s / image | images/s | peak GiB |")
+    print(f"|{'-' * 48}|------:|----------:|---------:|---------:|")
+
+
 def measure(name: str, images: int, work: Callable) -> float:
     """Run twice; print and return the second run's seconds an image, and the peak of the GPU's memory."""
     torch.cuda.empty_cache()
@@ -97,9 +104,7 @@ def pictures_pass() -> None:
 
 
 if __name__ == "__main__":
-    print(torch.cuda.get_device_name(), "torch", torch.__version__)
-    print(f"| {'pass':<46} | batch | s / image | images/s | peak GiB |")
-    print(f"|{'-' * 48}|------:|----------:|---------:|---------:|")
+    print_head()
     tokens_pass("", lambda model: model, (1, 16))
     tokens_pass(", --low_memory", recon.halve, (16,))
     captions_pass()

@@ -16,7 +16,7 @@ import torch
 from diffusers import EulerDiscreteScheduler
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-from bench_recon import DEVICE, measure, random_weights  # noqa: E402
+from bench_recon import DEVICE, measure, print_head, random_weights  # noqa: E402
 
 import frozen  # noqa: E402
 import refine  # noqa: E402
@@ -53,15 +53,11 @@ def pictures_pass() -> None:
     sdxl.unet = random_weights(lambda: refine.empty_part("unet"), torch.bfloat16)
     for size in (1, 8, 16):
         ours = measure("refined pictures, bfloat16", size, lambda size=size: draw(size))
-    sdxl.vae.enable_tiling()
-    sdxl.vae.tile_sample_min_size, sdxl.vae.tile_latent_min_size = 384, 48
     measure("refined pictures, bfloat16, --low_memory", 4, lambda: draw(4, low_memory=True))
     print(f"\nBatches of 16 against the original's loop: {original / ours:.1f} times as fast.")
 
 
 if __name__ == "__main__":
-    print(torch.cuda.get_device_name(), "torch", torch.__version__)
-    print(f"| {'pass':<46} | batch | s / image | images/s | peak GiB |")
-    print(f"|{'-' * 48}|------:|----------:|---------:|---------:|")
+    print_head()
     prompts_pass()
     pictures_pass()

@@ -309,7 +309,7 @@ def test_half_precision_files(world, bench, tmp_path):
 def test_pictures_of_other_sizes_are_brought_to_the_reconstructions(world, bench, tmp_path):
     """As the original does: the images seen, 224 pixels, to the 256 of the reconstructions, before anything else."""
     seen = data.Images(world)[IMAGES]
-    found = ev.main(write_evals(world, tmp_path, recons=mt.at_size(seen, 48), enhancedrecons=mt.at_size(seen, 96)))
+    found = ev.main(write_evals(world, tmp_path, recons=data.resized(seen, 48), enhancedrecons=data.resized(seen, 96)))
     assert found["recons/pixcorr"] == pytest.approx(1) and found["recons/alex2"] == 1
 
 

@@ -18,6 +18,7 @@ import bench_two_way  # noqa: E402
 from golden_weights import golden  # noqa: E402
 
 import metrics as mt  # noqa: E402
+from data import resized  # noqa: E402
 
 EVAL = golden("eval")
 
@@ -76,9 +77,9 @@ def test_ssim():
 
 def test_antialias_matters_where_pictures_shrink():
     big, same = pictures(3, 64), pictures(3, 8, seed=1)
-    plain, smooth = mt.at_size(big, 16), mt.at_size(big, 16, antialias=True)
+    plain, smooth = resized(big, 16), resized(big, 16, antialias=True)
     assert smooth.std() < .6 * plain.std()
-    assert torch.equal(mt.at_size(same, 8, antialias=True), same) and torch.equal(mt.at_size(same, 8), same)
+    assert torch.equal(resized(same, 8, antialias=True), same) and torch.equal(resized(same, 8), same)
     assert not torch.equal(mt.pixcorr(big, big.roll(1, 0), 16), mt.pixcorr(big, big.roll(1, 0), 16, antialias=True))
 
 
