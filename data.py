@@ -47,6 +47,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import webdataset as wds
+from braceexpand import braceexpand
+from PIL import Image, UnidentifiedImageError
 from torchvision.transforms import v2
 from tqdm import tqdm
 
@@ -264,14 +266,21 @@ def resized(images: torch.Tensor, size: int, antialias: bool = False) -> torch.T
 
 
 class Images:
-    """The image file: images[[5, 2, 5]] -> (3, 3, H, W) float32 in [0, 1], read when asked for, in that order."""
+    """The image file: images[[5, 2, 5]] -> (3, 3, H, W) float32 in [0, 1], read when asked for, in that order.
 
-    def __init__(self, data_path):
-        self.path, self._pid = h5_path(data_path, "images"), None
+    data_path is its folder, or the file itself. With `resize`, pictures come at that size.
+    """
+
+    def __init__(self, data_path, resize: int | None = None):
+        self.path, self._pid, self.resize = Path(data_path), None, resize
+        if self.path.suffix not in (".hdf5", ".h5"):
+            self.path = h5_path(data_path, "images")
         images = self._open()
         if images.ndim != 4 or images.shape[1] != 3 or images.dtype.kind != "f":
             raise UserError(f"{self.path}: 'images' is {images.dtype} {images.shape}, not float (n, 3, H, W): put "
                             "MindEye2's own file into --data_path.")  # fmt: skip
+        if resize == images.shape[-1]:
+            self.resize = None
 
     def _open(self):
         if self._pid != os.getpid():  # HDF5 handles do not survive a fork: each process opens the file for itself
@@ -291,7 +300,11 @@ class Images:
         digest = hashlib.sha1(f"{self._open().shape} {self.path.stat().st_size}".encode())
         for row in np.linspace(0, len(self) - 1, 8).astype(int):
             digest.update(self._open()[row].tobytes())
-        return digest.hexdigest()[:12]
+        return digest.hexdigest()[:12] + (f"_{self.resize}" if self.resize else "")
+
+    def numbers(self, indices) -> torch.Tensor:
+        """(B, 4): a picture's height and width, and the top and left of a crop: here always all of it."""
+        return torch.tensor([[self.size, self.size, 0, 0]]).expand(len(indices), -1)
 
     def __getitem__(self, indices) -> torch.Tensor:
         images = self._open()
@@ -299,7 +312,88 @@ class Images:
         if len(rows) and not 0 <= rows[0] <= rows[-1] < len(images):
             raise UserError(f"{self.path} has {len(images)} images, but the tars name image {rows[-1]}: {MISMATCH}")
         pictures = torch.from_numpy(images[rows]).float()  # (distinct, 3, H, W); HDF5 wants ascending, distinct rows
+        if self.resize:
+            pictures = resized(pictures, self.resize)
         return pictures[torch.from_numpy(inverse)]  # (B, 3, H, W)
+
+
+class TarImages:
+    """Pictures in webdataset tars, "shards/{000..099}.tar": what `Images` is for one file of pictures.
+
+    Each picture's shorter side becomes `size` pixels, and the middle square is kept: images[[5, 2]] -> (2, 3, size,
+    size). The tars are read once for where each picture lies, so that any can be had in any order.
+    """
+
+    SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+
+    def __init__(self, pattern: str, size: int):
+        self.paths, self.size = [Path(path) for path in braceexpand(str(pattern))], size
+        found, unreadable = [], []
+        for number, path in enumerate(tqdm(self.paths, desc="reading tars", delay=2, leave=False)):
+            for member, picture_size in self._scan(path):
+                (found if picture_size else unreadable).append((number, member.offset_data, member.size, picture_size))
+        if not found:
+            raise UserError(f"{pattern} holds no picture ({', '.join(self.SUFFIXES)}): name other tars with --images.")
+        if unreadable:
+            warnings.warn(f"{len(unreadable)} files in {pattern} are no pictures and are left out", stacklevel=2)
+        self._place = np.array([entry[:3] for entry in found])  # (n, 3): tar, first byte, bytes
+        self._sizes = np.array([entry[3] for entry in found])  # (n, 2): width, height
+
+    def _scan(self, path: Path) -> Iterator[tuple[tarfile.TarInfo, tuple[int, int] | None]]:
+        """Each picture of a tar, and its width and height, or None if it is none. Raises UserError naming the tar."""
+        again = "get it again, or name others with --images."
+        if not path.is_file():
+            raise UserError(f"{path} does not exist: name tars that do with --images.")
+        try:
+            with tarfile.open(path) as tar:
+                for member in tar:
+                    if member.isfile() and member.name.lower().endswith(self.SUFFIXES):
+                        try:
+                            yield member, Image.open(tar.extractfile(member)).size
+                        except UnidentifiedImageError:
+                            yield member, None
+                tail = path.stat().st_size - tar.offset
+        except (tarfile.TarError, EOFError, OSError) as error:
+            raise UserError(f"{path} is cut short or damaged ({error}): {again}") from None
+        if tail % 512 or tail > 2 * tarfile.RECORDSIZE:  # Python's tarfile ends quietly at a broken header
+            raise UserError(f"{path} is cut short or damaged: {again}")
+
+    def __len__(self) -> int:
+        return len(self._place)
+
+    def fingerprint(self) -> str:
+        """Short hash of the tars' sizes, where the pictures lie, and this size."""
+        digest = hashlib.sha1(str([path.stat().st_size for path in self.paths]).encode())
+        digest.update(self._place.tobytes())
+        return f"{digest.hexdigest()[:12]}_{self.size}"
+
+    def numbers(self, indices) -> torch.Tensor:
+        """(B, 4): height and width before resizing, and the top and left of the crop after (SDXL's conditioning)."""
+        sizes = torch.from_numpy(self._sizes[np.asarray(indices)][:, ::-1].copy())  # (B, 2): height, width
+        return torch.cat((sizes, (self._shrunk(sizes) - self.size) // 2), 1)  # (B, 4)
+
+    def _shrunk(self, sizes: torch.Tensor) -> torch.Tensor:
+        """Height and width (B, 2) -> the same with the shorter one at self.size."""
+        return (sizes * self.size / sizes.min(1, keepdim=True).values).round().long()
+
+    def _read(self, row: int) -> np.ndarray:
+        number, start, length = self._place[row]
+        with open(self.paths[number], "rb") as file:
+            file.seek(start)
+            content = file.read(length)
+        numbers = self.numbers([row])
+        (height, width), (top, left) = self._shrunk(numbers[:, :2])[0].tolist(), numbers[0, 2:].tolist()
+        try:
+            picture = Image.open(io.BytesIO(content)).convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+        except OSError as error:
+            raise UserError(f"{self.paths[number]}: the picture at byte {start} is damaged ({error}): take it out, or "
+                            "name other tars with --images.") from None  # fmt: skip
+        return np.asarray(picture.crop((left, top, left + self.size, top + self.size)))  # (size, size, 3)
+
+    def __getitem__(self, indices) -> torch.Tensor:
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            pictures = list(pool.map(self._read, np.atleast_1d(indices)))
+        return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255  # (B, 3, size, size)
 
 
 def load_region_masks(data_path, subject: int) -> dict[str, np.ndarray]:
@@ -402,10 +496,10 @@ def network_fingerprint(module: torch.nn.Module) -> str:
     return digest.hexdigest()[:12]
 
 
-def check_disk(folder: Path, needed: int):
+def check_disk(folder: Path, needed: int, what: str = "Targets need", flag: str = "--cache_dir"):
     free = shutil.disk_usage(folder).free
     if needed > free:  # a memory map on a full disk ends the process without a Python error, hence before starting
-        raise UserError(f"Targets need {needed:,} bytes, {folder} has {free:,} free: put --cache_dir on a larger disk.")
+        raise UserError(f"{what} {needed:,} bytes, {folder} has {free:,} free: put {flag} on a larger disk.")
 
 
 class TargetCache:
@@ -518,7 +612,8 @@ def augmented(images: torch.Tensor, rows, view: int) -> torch.Tensor:
 
 @torch.no_grad()
 def cache_targets(
-    data_path, cache_dir, indices, networks: dict, views: int = 2, device="cpu", folder=None, batch_size: int = 64
+    images: "Images | TarImages", cache_dir, indices, networks: dict, views: int = 2, device="cpu", folder=None,
+    batch_size: int = 64,
 ) -> dict[str, TargetCache]:
     """Make sure that every image of `indices` has its targets; returns the caches by the networks' names.
 
@@ -536,7 +631,6 @@ def cache_targets(
     }  # fmt: skip
     folder = Path(folder or Path(cache_dir) / "targets")
     folder.mkdir(parents=True, exist_ok=True)
-    images = Images(data_path)
     sample = np.max(indices, keepdims=True)  # the highest row: also checks that the image file has it
     caches = {}
     for name, network in networks.items():

@@ -136,11 +136,11 @@ def load_targets(args: argparse.Namespace, accelerator: Accelerator, sets: Simpl
     if args.blurry_recon:
         frozen["vae"] = load_vae(args.cache_dir, device)
         frozen["teacher"] = load_teacher(args.cache_dir, device)
-    used = [*sets.train, sets.test] + ([sets.val] if sets.val else [])
+    used, images = [*sets.train, sets.test] + ([sets.val] if sets.val else []), data.Images(args.data_path)
     rows = sorted({int(row) for part in used for row in part.trials.image})
     with accelerator.main_process_first():  # one process encodes, the others then find all rows done
-        cached = data.cache_targets(args.data_path, args.cache_dir, rows, frozen, args.teacher_views, device)
-    return SimpleNamespace(frozen=frozen, images=data.Images(args.data_path), rows=rows, **cached)
+        cached = data.cache_targets(images, args.cache_dir, rows, frozen, args.teacher_views, device)
+    return SimpleNamespace(frozen=frozen, images=images, rows=rows, **cached)
 
 
 def fetch(targets: SimpleNamespace, rows: np.ndarray, device: torch.device, args: argparse.Namespace) -> dict:
@@ -248,8 +248,8 @@ def test(model: MindEye2, part: SimpleNamespace, targets: SimpleNamespace, devic
     return scores | {"ids": ids, "blurry_latents": mean.get("blurry_latents")}
 
 
-def save_pictures(folder: Path, history: dict, last: dict, targets: SimpleNamespace) -> None:
-    """curves.png: every logged number against steps; samples.png: seen and blurry of some test images."""
+def save_curves(folder: Path, history: dict[str, list[tuple[int, float]]]) -> None:
+    """curves.png: every logged number against steps."""
     names = sorted(history)
     figure, axes = plt.subplots(1, len(names), figsize=(3 * len(names), 2.6), squeeze=False)
     for axis, name in zip(axes[0], names, strict=True):
@@ -259,6 +259,10 @@ def save_pictures(folder: Path, history: dict, last: dict, targets: SimpleNamesp
     figure.tight_layout()
     figure.savefig(folder / "curves.png", dpi=100)
     plt.close(figure)
+
+
+def save_samples(folder: Path, last: dict, targets: SimpleNamespace) -> None:
+    """samples.png: seen and blurry of some test images."""
     if last["blurry_latents"] is None:
         return
     device = next(targets.frozen["vae"].parameters()).device
@@ -429,7 +433,8 @@ def main(argv: list[str] | None = None) -> dict[str, list[tuple[int, float]]]:
             report(args, accelerator, model, optimizer, scheduler, sets, targets, progress, epoch, (epoch + 1) * steps)
     bar.close()
     if accelerator.is_main_process:
-        save_pictures(Path(args.train_logs) / args.model_name, progress.history, progress.last, targets)
+        save_curves(Path(args.train_logs) / args.model_name, progress.history)
+        save_samples(Path(args.train_logs) / args.model_name, progress.last, targets)
     accelerator.end_training()
     return progress.history
 

@@ -311,7 +311,8 @@ class Tiny(torch.nn.Module):
 
 
 def build(world, network, indices=range(10), name="clip", **options):
-    return data.cache_targets(world, world / "cache", np.array(indices), {name: network}, batch_size=2, **options)[name]
+    images, networks = data.Images(world), {name: network}
+    return data.cache_targets(images, world / "cache", np.array(indices), networks, batch_size=2, **options)[name]
 
 
 def test_cache_equals_direct_computation(world):
