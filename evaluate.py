@@ -206,12 +206,10 @@ def score_features(args: argparse.Namespace, result: SimpleNamespace, seen: Simp
             continue
         for name, fake in pictures.items():
             for row in rows:
-                distance = row in ("efficientnet", "swav")
-                compare = metrics.correlation_distance if distance else metrics.two_way_identification
                 pair = [heard.features[label][row] for label in ("seen", name)]  # (n, F) each
                 result.scores[f"{name}/{row}"] = kept(
                     score_folder(args, name), f"score_{row}", digest(heard.key, seen.hash, fake.hash),
-                    partial(compare, *pair))
+                    partial(metrics.compare_features(row), *pair))
                 result.judges[f"{name}/{row}"] = heard.description
 
 

@@ -64,7 +64,7 @@ NETWORKS = {
     "git": ("microsoft/git-large-coco", ("model.safetensors", "pytorch_model.bin"), ("*.json", "*.txt")),
 }
 SDXL_FILE = "zavychromaxl_v30.safetensors"  # refine.py's
-JUDGES_SIZE = 3e9  # bytes, all seven, nearly
+JUDGES_SIZE = 3e9  # bytes, all eight, nearly
 
 RELEASED = (
     *(f"final_subj0{s}_pretrained_40sess_24bs" for s in (1, 2, 5, 7)),
@@ -279,7 +279,7 @@ def fetch_all(files: list[File], done: Callable[[File], None] = lambda file: Non
 def missing_judges(cache_dir: Path) -> list[str]:
     """Names of the judges that are not on this machine."""
     def there(name: str) -> bool:
-        if name in judges.VISION:
+        if name in (*judges.VISION, "fid"):
             try:
                 return judges.find_file(name, cache_dir).exists()
             except judges.Missing:

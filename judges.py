@@ -12,6 +12,7 @@ the seen picture and its reconstruction, or two captions, and compares what it s
 | clip_l       | clip_L/, or OpenAI's ViT-L/14    | 224 px | clip_l (B, 768); captions (n, 768)                        |
 | clip_b       | clip_B/, or OpenAI's ViT-B/32    |        | captions (n, 512)                                         |
 | sentence     | sentence/, or all-MiniLM-L6-v2   |        | captions (n, 384)                                         |
+| fid          | weights-inception-2015-..d.pth   | 299 px | (B, 2048), for FID, which compares sets (unclip.py)       |
 
 evaluate.py never downloads a judge. It leaves out the rows of one that is not there, and names this command:
 
@@ -91,9 +92,18 @@ VISION = {
 }
 
 
+FID_URL = ("https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
+           "weights-inception-2015-12-05-6726825d.pth")
+
+
+def url(name: str) -> str:
+    """Where the weights of "fid" or one of VISION are released."""
+    return FID_URL if name == "fid" else VISION[name].url
+
+
 def file_name(name: str) -> str:
     """The released weights' file name, "alexnet-owt-7be5be79.pth" for "alexnet"."""
-    return VISION[name].url.rsplit("/")[-1]
+    return url(name).rsplit("/")[-1]
 
 
 def _missing(what: str, where: str, cache_dir: str | Path) -> Missing:
@@ -102,12 +112,13 @@ def _missing(what: str, where: str, cache_dir: str | Path) -> Missing:
 
 
 def find_file(name: str, cache_dir: str | Path) -> Path:
-    """The weights of one of VISION: in cache_dir, or where torch.hub keeps what it downloads. Raises Missing."""
+    """The weights of "fid" or one of VISION: in cache_dir, or where torch.hub keeps downloads. Raises Missing."""
     places = Path(cache_dir), Path(torch.hub.get_dir()) / "checkpoints"
     for file in (place / file_name(name) for place in places):
         if file.exists():
             return file
-    raise _missing(f"{VISION[name].title} ({file_name(name)})", f"from {VISION[name].url}", cache_dir)
+    title = "FID's Inception" if name == "fid" else VISION[name].title
+    raise _missing(f"{title} ({file_name(name)})", f"from {url(name)}", cache_dir)
 
 
 def fit(network: nn.Module, shapes: dict[str, torch.Size]) -> None:
@@ -294,6 +305,19 @@ def load_vision(name: str, cache_dir: str | Path, device: str | torch.device) ->
     return SimpleNamespace(features=features, description=description, files=files)
 
 
+def load_fid(cache_dir: str | Path, device: str | torch.device) -> SimpleNamespace:
+    """The Inception that FID is defined by: .network(pictures (B, 3, H, W) uint8) -> (B, 2048), .description, .files.
+
+    TensorFlow's weights and resize: torchvision's Inception gives numbers of another scale. Raises Missing, UserError.
+    """
+    file = find_file("fid", cache_dir)
+    from torchmetrics.image.fid import NoTrainInceptionV3  # here: only FID needs torch-fidelity
+    with reading(file, FLAG):
+        torch.load(file, weights_only=True)  # torch-fidelity would run code that a file holds: such a one ends here
+        network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(file))
+    return SimpleNamespace(network=network.to(device), description="FID's Inception", files=[file])
+
+
 def load_text(name: str, cache_dir: str | Path, device: str | torch.device) -> SimpleNamespace:
     """A judge of captions: "sentence", "clip_b" or "clip_l".
 
@@ -318,11 +342,13 @@ def load_text(name: str, cache_dir: str | Path, device: str | torch.device) -> S
 # Which are there?
 # ----------------------------------------------------------------------------------------------------------------------
 
-JUDGES = (*VISION, *CLIPS, "sentence")
+JUDGES = (*VISION, *CLIPS, "sentence", "fid")
 
 
 def load(name: str, cache_dir: str | Path, device: str | torch.device = "cpu") -> SimpleNamespace:
     """Any of JUDGES. Raises Missing or UserError."""
+    if name == "fid":
+        return load_fid(cache_dir, device)
     return (load_vision if name in VISION else load_text)(name, cache_dir, device)
 
 
@@ -331,7 +357,7 @@ def download(name: str, cache_dir: Path) -> None:
     repositories = {key: (clip.repository, [CLIP_FILE]) for key, clip in CLIPS.items()}
     repositories["sentence"] = SENTENCE_REPOSITORY, ["*.json", "*.txt", "*.safetensors"]
     repository, patterns = repositories.get(name, (None, None))
-    source = f"https://huggingface.co/{repository}" if repository else VISION[name].url
+    source = f"https://huggingface.co/{repository}" if repository else url(name)
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         if repository:

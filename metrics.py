@@ -16,6 +16,7 @@ much of a difference is the choice of images.
 
 import re
 from collections import Counter
+from collections.abc import Callable
 from functools import cache
 from types import SimpleNamespace
 
@@ -116,6 +117,11 @@ def two_way_identification(real: Tensor, fake: Tensor) -> Tensor:
 def correlation_distance(real: Tensor, fake: Tensor) -> Tensor:
     """1 - Pearson correlation of the features (n, ..) of an image and of its reconstruction -> (n,), 0 = the same."""
     return 1 - pearson(real, fake)
+
+
+def compare_features(row: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """How the paper compares a judge's features of images and reconstructions: by distance where lower is better."""
+    return correlation_distance if PICTURES[row][2] == "lower" else two_way_identification
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -362,8 +362,8 @@ def test_other_repositories_networks_are_read_without_the_net(server, tmp_path, 
     cache = tmp_path / "cache"
     assert tree(cache / "git") == set(git)
     assert tree(cache / "clip") == {"open_clip_model.safetensors", "open_clip_config.json"}
-    assert brought == ["alexnet", "inception", "efficientnet", "clip_l", "clip_b", "sentence"]
-    assert words == [("wordnet", str(cache / "nltk_data"))] and "6 judges, 3.0" in capsys.readouterr().out
+    assert brought == ["alexnet", "inception", "efficientnet", "clip_l", "clip_b", "sentence", "fid"]
+    assert words == [("wordnet", str(cache / "nltk_data"))] and "7 judges, 3.0" in capsys.readouterr().out
 
     for name in ("tokenizer.json", "tokenizer_config.json"):  # the toy's words; bigG's are open_clip's own
         shutil.copy(toy / "clip" / name, cache / "clip")

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from safetensors.torch import save_file
+from torch_fidelity import feature_extractor_inceptionv3
+from torchmetrics.image.fid import NoTrainInceptionV3
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
 
 sys.path[:0] = [str(Path(__file__).parents[1])]
@@ -344,3 +346,25 @@ def test_shared_attributes_by_hand():
     assert share(caption, with_another) == share(with_another, caption) == 5 / 8
     both = torch.cat([other_sky, with_another])
     assert torch.equal(share(caption, both), torch.tensor([[4 / 5, 5 / 8]]))
+
+
+def test_fid_inception_from_its_file(tmp_path, monkeypatch):
+    with pytest.raises(m.Missing, match=f"FID's Inception .*{m.file_name('fid')}.* is not in"):
+        m.load_fid(tmp_path, "cpu")
+    with monkeypatch.context() as patch:  # a file in the released one's layout, of random weights
+        patch.setattr(feature_extractor_inceptionv3, "load_state_dict_from_url", lambda *_, **__: {})
+        patch.setattr(NoTrainInceptionV3, "load_state_dict", lambda *_: None)
+        state = NoTrainInceptionV3("inception-v3-compat", ["2048"]).state_dict()
+    file = tmp_path / m.file_name("fid")
+    torch.save(state, file)
+    judge = m.load_fid(tmp_path, "cpu")
+    pictures = torch.randint(0, 255, (2, 3, 64, 64), dtype=torch.uint8)
+    said = judge.network(pictures)
+    assert said.shape == (2, 2048) and torch.isfinite(said).all() and judge.files == [file]
+    del state["fc.bias"]
+    torch.save(state, file)
+    with pytest.raises(UserError, match="cannot be read"):
+        m.load_fid(tmp_path, "cpu")
+    torch.save({"code": Path}, file)
+    with pytest.raises(UserError, match="UnpicklingError"):
+        m.load_fid(tmp_path, "cpu")
