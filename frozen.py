@@ -50,25 +50,26 @@ def normalised(images: Tensor, mean: tuple, std: tuple) -> Tensor:
     return torch.stack([(images[:, c] - mean[c]) / std[c] for c in range(3)], 1)
 
 
-def clip_preprocess(images: Tensor, size: int) -> Tensor:
+def clip_preprocess(images: Tensor, size: int, washed_out: bool = True) -> Tensor:
     """What CLIP gets to see: (B, 3, H, W) in [0, 1] -> (B, 3, size, size), resized bicubically and normalised.
 
     The original's encoder expects [-1, 1] and maps x to (x + 1) / 2, but is given [0, 1]: it sees washed-out pictures
-    in [.5, 1]. All released weights learned the tokens of those, so it is kept.
+    in [.5, 1]. All released MindEye2 models learned the tokens of those, so it is kept; the released decoder's did not.
     """
     if images.shape[-2:] != (size, size):
         images = F.interpolate(images, (size, size), mode="bicubic", align_corners=True)
-    return normalised((images + 1) / 2, CLIP_MEAN, CLIP_STD)
+    return normalised((images + 1) / 2 if washed_out else images, CLIP_MEAN, CLIP_STD)
 
 
 class FrozenCLIP(nn.Module):
     """CLIP's image tokens, the prior's targets, and its pooled embeddings of images and texts.
 
-    seq_dim = S, emb_dim = D, image_size in pixels. Images are (B, 3, H, W) in [0, 1].
+    seq_dim = S, emb_dim = D, image_size in pixels. Images are (B, 3, H, W) in [0, 1]; see `clip_preprocess` for
+    washed_out, which is for `tokens`.
     """
     def __init__(self, clip: nn.Module, tokenizer: Callable[[list[str]], Tensor]) -> None:
         super().__init__()
-        self.clip, self.tokenizer = clip, tokenizer
+        self.clip, self.tokenizer, self.washed_out = clip, tokenizer, True
         clip.visual.output_tokens = True  # give the patch tokens after the last LayerNorm besides the pooled vector
         positions, self.emb_dim = clip.visual.positional_embedding.shape
         self.seq_dim = positions - 1  # one position is the class token's, which is not used
@@ -77,7 +78,7 @@ class FrozenCLIP(nn.Module):
     @torch.no_grad()
     def tokens(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, S, D): patch tokens, not projected."""
-        return self.clip.visual(clip_preprocess(images, self.image_size))[1]  # (B, S, D)
+        return self.clip.visual(clip_preprocess(images, self.image_size, self.washed_out))[1]  # (B, S, D)
 
     @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:
@@ -113,6 +114,12 @@ SD_VAE = {  # Stable Diffusion 1's, 83.7 million parameters
 }
 
 
+def read_vae(folder: Path, flag: str) -> AutoencoderKL:
+    """A VAE from a folder in diffusers' layout, on the CPU, for inference. Raises UserError, which names `flag`."""
+    with reading(folder, flag):
+        return _frozen(AutoencoderKL.from_pretrained(folder, local_files_only=True), "cpu")
+
+
 def load_vae(cache_dir: str | Path, device: str | torch.device) -> AutoencoderKL:
     """The VAE of the blurry latents: cache_dir/vae (a diffusers folder) or the released sd_image_var_autoenc.pth.
 
@@ -120,9 +127,7 @@ def load_vae(cache_dir: str | Path, device: str | torch.device) -> AutoencoderKL
     """
     folder, file = Path(cache_dir) / "vae", Path(cache_dir) / VAE_FILE
     if folder.exists():
-        with reading(folder, "--cache_dir"):
-            vae = AutoencoderKL.from_pretrained(folder, local_files_only=True)
-        return _frozen(vae, device)
+        return _frozen(read_vae(folder, "--cache_dir"), device)
     state = torch_load(file, "--cache_dir")
     # The file is older than today's names of the attention's four linear layers.
     renames = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
@@ -414,15 +419,20 @@ def load_unclip(folder: str | Path, device: str | torch.device, dtype: torch.dty
     )
 
 
-def unclip_vector(dim: int, size: int) -> Tensor:
-    """SDXL's size-and-crop conditioning as one vector (1, dim): original size twice, then a crop at 0 twice.
+def size_vector(numbers: Tensor, dim: int) -> Tensor:
+    """SDXL's size-and-crop conditioning as one vector (B, dim), of numbers (B, 4): height, width, crop's top and left.
 
     Each number v becomes [cos(v f) | sin(v f)], with dim / 8 frequencies f from 1 down towards 1/10000.
     """
-    count = dim // 8
-    frequencies = torch.exp(-math.log(10000) * torch.arange(count) / count)  # (dim / 8,)
-    angles = torch.tensor([size, size, 0, 0])[:, None] * frequencies         # (4, dim / 8)
-    return torch.cat((angles.cos(), angles.sin()), -1).view(1, dim)          # (1, dim)
+    count = dim // (2 * numbers.shape[1])
+    frequencies = torch.exp(-math.log(10000) * torch.arange(count, device=numbers.device) / count)  # (dim / 8,)
+    angles = numbers.float()[..., None] * frequencies           # (B, 4, dim / 8)
+    return torch.cat((angles.cos(), angles.sin()), -1).flatten(1)  # (B, dim)
+
+
+def unclip_vector(dim: int, size: int) -> Tensor:
+    """`size_vector` of a whole picture of `size` pixels: (1, dim)."""
+    return size_vector(torch.tensor([[size, size, 0, 0]]), dim)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

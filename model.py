@@ -59,7 +59,8 @@ def run_main(main: Callable[[], object]) -> None:
     except UserError as error:
         sentence = str(error)
     except torch.cuda.OutOfMemoryError:
-        sentence = "the GPU ran out of memory: pass a smaller --batch_size, or train with a smaller --hidden_dim."
+        sentence = ("the GPU ran out of memory: pass a smaller --batch_size (training: a smaller --hidden_dim; the "
+                    "decoder: --gradient_checkpointing).")
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise

@@ -167,13 +167,13 @@ def check_sdxl(sdxl: Path) -> None:
     (check_folder if sdxl.is_dir() else check_file)(sdxl)
 
 
-def check_file(file: Path) -> None:
+def check_file(file: Path, flag: str = FLAG) -> None:
     """Raise UserError unless the file holds exactly the weights of the four networks. Reads no weights, only names."""
     def wrong(reason: str) -> UserError:
         return UserError(f"{file} is not an SDXL in the original format ({reason}): replace it by {SDXL_FILE}, or name "
-                         f"another with {FLAG}.")  # fmt: skip
+                         f"another with {flag}.")  # fmt: skip
 
-    with reading(file, FLAG), safe_open(file, "pt") as content:
+    with reading(file, flag), safe_open(file, "pt") as content:
         shapes = {key: content.get_slice(key).get_shape() for key in content.keys()}  # noqa: SIM118  (no dict)
     # The converters rename, cut and turn whatever they are given: here each tensor is its key's number, repeated.
     numbers = {key: torch.tensor(i, dtype=torch.int16).expand(shape) for i, (key, shape) in enumerate(shapes.items())}
@@ -212,9 +212,10 @@ def check_folder(folder: Path) -> None:
                         f"with {FLAG}.")  # fmt: skip
 
 
-def load_part(sdxl: Path, part: str, device: str | torch.device, dtype: torch.dtype = torch.float32) -> nn.Module:
+def load_part(sdxl: Path, part: str, device: str | torch.device, dtype: torch.dtype = torch.float32,
+              flag: str = FLAG) -> nn.Module:
     """One of SDXL's four networks, for inference. Raises UserError when it cannot be read."""
-    with reading(sdxl, FLAG):
+    with reading(sdxl, flag):
         if sdxl.is_dir():
             plain = [file for file in (sdxl / part).glob("*.safetensors*") if ".fp16." not in file.name]
             network, report = SDXL_PARTS[part][0].from_pretrained(
@@ -232,11 +233,11 @@ def load_part(sdxl: Path, part: str, device: str | torch.device, dtype: torch.dt
     return frozen._frozen(network, device, dtype)
 
 
-def load_scheduler(sdxl: Path):
+def load_scheduler(sdxl: Path, flag: str = FLAG):
     """The noise levels that the UNet was trained with, as a scheduler of diffusers."""
     if not sdxl.is_dir():
         return EulerDiscreteScheduler(**frozen.UNCLIP_SCHEDULER)
-    with reading(sdxl, FLAG):
+    with reading(sdxl, flag):
         config = json.loads((sdxl / "scheduler/scheduler_config.json").read_text())
         return getattr(diffusers, config["_class_name"]).from_config(config)
 

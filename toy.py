@@ -371,11 +371,13 @@ class Recipe:
     sizes: str = "--hidden_dim=256 --prior_depth=3 --prior_dim_head=16 --teacher_views=1"
     pretrain: str = "--batch_size=70 --num_epochs=42 --ckpt_interval=14"
     session: str = "--batch_size=24 --ckpt_interval=25 --num_sessions=1 --val_sessions=1"
-    from_scratch: str = "--tie_positions --max_lr=2.5e-3 --num_epochs=200"
+    from_scratch: str = "--tie_positions --max_lr=2.5e-3 --num_epochs=100"
     fine_tune: str = "--max_lr=1e-3 --num_epochs=200"  # longer or faster, it forgets: the prior gets worse
     everything: str = "--batch_size=24 --num_epochs=13 --ckpt_interval=4 --num_sessions=24 --val_sessions=1"
     draw: str = "--batch_size=50 --scheduler=dpm --steps=6 --guidance=1"  # from true tokens as good as 38 Euler steps
     refine: str = "--batch_size=50"
+    decoder: str = ("--num_steps=200 --batch_size=64 --max_lr=1e-3 --warmup=50 --ema=.98 --ckpt_interval=50 "
+                    "--num_eval=100 --scheduler=dpm --steps=6 --guidance=1")
 
 
 SMOKE_RECIPE = Recipe(
@@ -384,7 +386,8 @@ SMOKE_RECIPE = Recipe(
     session="--batch_size=8 --num_epochs=2 --num_sessions=1 --val_sessions=1",
     everything="--batch_size=8 --num_epochs=2 --num_sessions=1 --val_sessions=1",
     draw="--scheduler=dpm --steps=2 --guidance=1 --prior_steps=5",
-    refine="--steps=4")
+    refine="--steps=4",
+    decoder="--num_steps=2 --batch_size=4 --num_val=4 --num_eval=4 --scheduler=dpm --steps=2 --guidance=1")
 METRICS = {"retrieval/image": "image retr.", "retrieval/brain": "brain retr.", "recons/pixcorr": "PixCorr",
            "recons/clip_l": "two-way CLIP", "blurryrecons/pixcorr": "blurry PixCorr",
            "enhancedrecons/ssim": "refined SSIM"}
@@ -437,6 +440,19 @@ def headline(path: Path, seed: int, logs: Path, evals: Path, recipe: Recipe, reb
         results.append({"model": name.removeprefix("toy_").removesuffix(tag), "seed": seed,
                         **{key: values[key] for key in METRICS}})
     return results
+
+
+def decoder(path: Path, seed: int, logs: Path, recipe: Recipe, rebuild: bool = False) -> None:
+    """How the paper's decoder came to be (2.3): the toy's SDXL, which draws what a text says, learns to read tokens.
+
+    The pictures of the headline are drawn by the shipped decoder, made by the same script in longer (toy_networks.py).
+    """
+    import unclip
+    name = f"toy_decoder{seed_tag(seed)}"
+    if rebuild:
+        shutil.rmtree(logs / name, ignore_errors=True)
+    if not (logs / name / "table9.csv").exists():
+        run_stage(unclip, f"--model_name={name} --data_path={path} --train_logs={logs} {recipe.decoder}")
 
 
 def print_table(results: list[dict]) -> None:
@@ -503,6 +519,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
         tag = seed_tag(seed)
         save_headline(path, evals, tag)
     first = base.with_name(base.name + seed_tag(args.seed[0]))
+    decoder(first, args.seed[0], first / "train_logs" if args.smoke else Path("train_logs"), recipe, args.rebuild)
     (first / "results.json").write_text(json.dumps(results, indent=1))
     print_table(results)
     print(f"\n{(time.time() - start) / 60:.1f} minutes. The table: {first / 'results.json'}, the picture: "

@@ -29,7 +29,7 @@ def random_weights(build: Callable, dtype: torch.dtype = torch.float32) -> torch
     """The network that build() makes, filled on the GPU: 2 billion numbers from the CPU would take a minute."""
     with torch.device("meta"):
         network = build()
-    network = torch.nn.Module.to_empty(network.to(dtype), device=DEVICE).eval().requires_grad_(False)
+    network = torch.nn.Module.to_empty(torch.nn.Module.to(network, dtype), device=DEVICE).eval().requires_grad_(False)
     for tensor in (*network.parameters(), *network.buffers()):
         if tensor.is_floating_point():
             tensor.normal_(std=0.02)

@@ -21,6 +21,7 @@ import model as networks
 import recon
 import refine
 import train
+import unclip
 from model import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -257,6 +258,17 @@ def test_the_scripts_take_the_released_models_and_more_gpus(tmp_path):
     assert {recon.parse(words).model_name for _, stage, words in stages if stage == "recon.py"} == {
         "final_subj05_pretrained_40sess_24bs"}
     assert [before for before, *_ in stages] == [["accelerate", "launch", "--num_processes", "8"]] * 2 + [["python"]]
+
+
+def test_the_decoders_training(tmp_path):
+    [(before, stage, words)] = submitted(tmp_path, "unclip.sh", IMAGES="/shards/{0..9}.tar")
+    assert (ROOT / before[before.index("--config_file") + 1]).exists() and stage == "unclip.py"
+    args = unclip.parse(words)
+    assert (args.images, args.base) == ("/shards/{0..9}.tar", "/data/nsd/sd_xl_base_1.0.safetensors")
+    given = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
+    paper = vars(unclip.parse([]))  # the defaults are the paper's
+    own = {"model_name", "cache_dir", "images", "base", "resolution", "draw_size"}
+    assert all(getattr(args, name) == paper[name] for name in given - own)
 
 
 @pytest.mark.parametrize("script", sorted(SLURM.glob("*.sh")), ids=lambda path: path.name)

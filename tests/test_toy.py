@@ -259,7 +259,9 @@ def test_smoke_from_end_to_end(tmp_path, monkeypatch, capsys):
         assert row["seed"] == 0 and set(row) == {"model", "seed", *toy.METRICS}
         assert all(np.isfinite(row[name]) for name in toy.METRICS)
     assert (folder / "headline.png").read_bytes()[:4] == b"\x89PNG"
-    assert "1session_pretrained" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "1session_pretrained" in printed and "Table 9" in printed
+    assert (folder / "train_logs/toy_decoder/unclip/unet/config.json").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["toy-smoke"]
 
     files = [path for path in folder.rglob("*") if path.is_file() and path.parent != folder]
@@ -277,7 +279,7 @@ def test_each_seed_has_its_own_world(tmp_path, monkeypatch):
         built.append((str(path), seed))
 
     monkeypatch.setattr(toy, "build_world", build_world)
-    for name, value in {"headline": [], "save_headline": None, "print_table": None}.items():
+    for name, value in {"headline": [], "save_headline": None, "print_table": None, "decoder": None}.items():
         monkeypatch.setattr(toy, name, lambda *args, value=value, **kwargs: value)
     for seeds in (["0"], ["1"], ["0", "1"], ["2", "0"]):
         toy.main(["--smoke", "--seed", *seeds])
