@@ -371,13 +371,13 @@ class Recipe:
     sizes: str = "--hidden_dim=256 --prior_depth=3 --prior_dim_head=16 --teacher_views=1"
     pretrain: str = "--batch_size=70 --num_epochs=42 --ckpt_interval=14"
     session: str = "--batch_size=24 --ckpt_interval=25 --num_sessions=1 --val_sessions=1"
-    from_scratch: str = "--tie_positions --max_lr=2.5e-3 --num_epochs=100"
+    from_scratch: str = "--tie_positions --max_lr=2.5e-3 --num_epochs=200"
     fine_tune: str = "--max_lr=1e-3 --num_epochs=200"  # longer or faster, it forgets: the prior gets worse
     everything: str = "--batch_size=24 --num_epochs=13 --ckpt_interval=4 --num_sessions=24 --val_sessions=1"
     draw: str = "--batch_size=50 --scheduler=dpm --steps=6 --guidance=1"  # from true tokens as good as 38 Euler steps
     refine: str = "--batch_size=50"
-    decoder: str = ("--num_steps=200 --batch_size=64 --max_lr=1e-3 --warmup=50 --ema=.98 --ckpt_interval=50 "
-                    "--num_eval=100 --scheduler=dpm --steps=6 --guidance=1")
+    decoder: str = ("--num_steps=120 --batch_size=64 --max_lr=1e-3 --warmup=20 --ema=.98 --ckpt_interval=40 "
+                    "--num_eval=60 --scheduler=dpm --steps=6 --guidance=1")
 
 
 SMOKE_RECIPE = Recipe(

@@ -29,10 +29,12 @@ What made them good enough to look at (each was worth more than a bigger network
   predict noise, the same training ends at PixCorr .854 instead of .988.)
 * All steps run as one CUDA graph: networks this small otherwise wait for Python.
 
-The shipped weights were made by this code on an H100: CLIP in 110 s, GIT in 133 s, SDXL (407 s) beside the judges
-(489 s), the decoder by unclip.py in 250 s; VAE and teacher are older, of the same code. SwAV's twin learned before its
-two views were worn apart (train_convolutional): it takes noise for content. From true tokens the decoder draws unseen
-scenes at PixCorr .988; from tokens as noisy as a brain's it keeps what is there and loses where.
+The shipped weights were made by this code on an H100, CLIP in 110 s, GIT in 133 s, SDXL (407 s) beside the judges
+(489 s), but for four: VAE and teacher are older, of the same code; SwAV's twin learned before its two views were worn
+apart (train_convolutional), and takes noise for content; the decoder's UNet is of the loop that unclip.py has replaced.
+From true tokens that one draws unseen scenes at PixCorr .988, as does one that unclip.py made in 250 s with the same
+white noise in its tokens; but of a brain's tokens the new one drew blurred pictures, and the old one, by chance, did
+not. Hence unclip.imperfect as it is today, with which the decoder is still to be trained whole.
 """
 import argparse
 import hashlib
