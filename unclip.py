@@ -617,14 +617,13 @@ def draw(unclip: SimpleNamespace, sources: SimpleNamespace, rows: np.ndarray, ar
 
 def save_samples(args: argparse.Namespace, unclip: SimpleNamespace, sources: SimpleNamespace, val: np.ndarray,
                  accelerator: Accelerator) -> Tensor:
-    """samples.png: the first validation pictures, and what is drawn of their tokens (k, 3, H, H), which is returned."""
+    """samples.png: the first validation pictures, and what is drawn from their tokens; returns both (k, 3, H, 2 H)."""
     rows = val[:GRID_COLUMNS]
     with accelerator.autocast():
         drawn = draw(unclip, sources, rows, args)
-    names = [str(row) for row in rows]
-    pictures = [("seen", sources.images[rows], [""] * len(rows)), ("drawn", drawn, [""] * len(rows))]
-    recon.save_grid(run_folder(args) / "samples.png", pictures, names)
-    return drawn
+    seen, names, no_text = sources.images[rows], [str(row) for row in rows], [""] * len(rows)
+    recon.save_grid(run_folder(args) / "samples.png", [("seen", seen, no_text), ("drawn", drawn, no_text)], names)
+    return torch.cat((seen, drawn), -1)
 
 
 def report(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNamespace, step: int) -> None:
@@ -638,14 +637,14 @@ def report(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNamesp
         with averaged(bare, run.parameters, run.average) as unet:
             logs["val/loss"] = validate(unet, run.sources, run.val[:256], run.alphas, args, accelerator)
             unclip = SimpleNamespace(unet=unet, vae=run.vae, scheduler=run.scheduler, output_scale=.5, output_shift=.5)
-            drawn = save_samples(args, unclip, run.sources, run.val, accelerator)
+            samples = save_samples(args, unclip, run.sources, run.val, accelerator)
             save_decoder(args, unet, run.vae, run.scheduler)
         for name, value in logs.items():
             run.history.setdefault(name, []).append((step, value))
         save_curves(run_folder(args), run.history)
         for tracker in accelerator.trackers:
             options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({"drawn": drawn.permute(0, 2, 3, 1).numpy()}, step=step, **options)
+            tracker.log_images({"seen and drawn": samples.permute(0, 2, 3, 1).numpy()}, step=step, **options)
         run.bar.set_postfix(loss=f"{logs['val/loss']:.4f}")
     accelerator.log(logs, step=step)
     run.losses.clear()
