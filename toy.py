@@ -4,7 +4,7 @@ Scenes -> brains -> files in the official formats (data.py) beside tiny frozen n
 paper's claim as an experiment: a model pretrained on seven people, then shown one session of the eighth, against one
 that has only that session, and one that has all of them. No stage knows that this is a toy: each reads a folder.
 
-    python toy.py                  # 15 minutes on 2 cores; toy/results.json, toy/headline.png, report.html
+    python toy.py                  # 12 minutes on 2 cores; toy/results.json, toy/headline.png, report.html
     python toy.py --seed 0 1 2     # two more worlds, brains and sets of models: how far does chance carry the table?
     python toy.py --smoke          # everything at its smallest, for tests
     python toy.py --train_frozen   # train the frozen networks anew first (toy_networks.py)
