@@ -37,6 +37,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from diffusers.models.autoencoders.vae import Decoder
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -647,6 +648,13 @@ def parameter_groups(model: nn.Module, weight_decay: float = 1e-2) -> list[dict]
         groups.append({"params": [p for name, p in named if "bias" not in name], "weight_decay": weight_decay})
         groups.append({"params": [p for name, p in named if "bias" in name], "weight_decay": 0.0})
     return groups
+
+
+def autocast_inside(accelerator: Accelerator, network: nn.Module) -> None:
+    """With DeepSpeed, which turns autocast off around a network whose weights it halved: turn it on inside."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    if accelerator.state.deepspeed_plugin and dtype:
+        network.forward = torch.autocast(accelerator.device.type, dtype)(network.forward)
 
 
 def save_checkpoint(path: str | Path, model: nn.Module, **extra: object) -> None:

@@ -225,7 +225,10 @@ def test(model: MindEye2, part: SimpleNamespace, targets: SimpleNamespace, devic
     model.eval()
     ids, positions = data.repeats(part.trials)
     ids, positions = ids[:limit], positions[:limit]
-    mean = data.embed_images(model, part.voxels, positions)
+    half = next(model.parameters()).dtype  # DeepSpeed keeps the model's weights so; without it they are float32
+    autocast = torch.autocast(device.type, half, enabled=half != torch.float32)
+    with autocast:
+        mean = data.embed_images(model, part.voxels, positions)
     clip_target = targets.clip[ids].float()
     brain, image = (F.normalize(x.flatten(1), dim=-1) for x in (mean["clip_voxels"], clip_target))
     similarity = brain @ image.T  # (brains, images)
@@ -237,10 +240,11 @@ def test(model: MindEye2, part: SimpleNamespace, targets: SimpleNamespace, devic
     if model.diffusion_prior is not None:  # the same noise and times at each test, nothing dropped: comparable numbers
         generator = torch.Generator().manual_seed(0)
         keep = torch.ones(len(ids), dtype=torch.bool, device=device)
-        loss, _ = model.diffusion_prior.loss(
-            mean["backbone"].to(device), clip_target.to(device), keep=(keep, keep),
-            timesteps=torch.linspace(0, 99, len(ids)).long().to(device),
-            noise=torch.randn(clip_target.shape, generator=generator).to(device))
+        with autocast:
+            loss, _ = model.diffusion_prior.loss(
+                mean["backbone"].to(device), clip_target.to(device), keep=(keep, keep),
+                timesteps=torch.linspace(0, 99, len(ids)).long().to(device),
+                noise=torch.randn(clip_target.shape, generator=generator).to(device))
         scores["loss_prior"] = loss.item()
     if "blurry_latents" in mean:
         scores["loss_latents"] = F.l1_loss(mean["blurry_latents"], targets.vae[ids].float()).item()
@@ -371,7 +375,9 @@ def report(args: argparse.Namespace, accelerator: Accelerator, model, optimizer,
         if args.ckpt_saving:
             tested = [value for _, value in progress.history.get("test/loss_prior", [])]
             networks.save_checkpoint(
-                folder / "last.pth", bare, optimizer_state_dict=optimizer.state_dict(),
+                # DeepSpeed's optimizer: each process has a part, in classes of its own that a safe load refuses.
+                folder / "last.pth", bare,
+                optimizer_state_dict={} if accelerator.state.deepspeed_plugin else optimizer.state_dict(),
                 lr_scheduler=scheduler.state_dict(), train_losses=torch.stack(progress.losses).tolist(),
                 test_losses=tested, lrs=[value for _, value in progress.history["train/lr"]], **state)
         progress.bar.set_postfix(loss=f"{logs['train/loss']:.2f}", retrieval=f"{progress.last['image_retrieval']:.2f}")
@@ -397,9 +403,10 @@ def main(argv: list[str] | None = None) -> dict[str, list[tuple[int, float]]]:
     sets = load_data(args)
     targets = load_targets(args, accelerator, sets)
     model = build_model(args, sizes, pretrained, [part.voxels.shape[1] for part in sets.train], targets)
-    optimizer = torch.optim.AdamW(networks.parameter_groups(model), lr=args.max_lr)
+    optimizer = adamw = torch.optim.AdamW(networks.parameter_groups(model), lr=args.max_lr)
     if accelerator.state.deepspeed_plugin:  # it wants to know, as it is given no data loader to ask
         accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.batch_size
+    networks.autocast_inside(accelerator, model)
     model, optimizer = accelerator.prepare(model, optimizer)
     if not args.use_image_aug:
         targets.frozen["clip"] = targets.frozen["teacher"] = None  # all that the loop needs is on disk
@@ -407,7 +414,7 @@ def main(argv: list[str] | None = None) -> dict[str, list[tuple[int, float]]]:
     trials = [part.trials for part in sets.train]
     share = max(1, args.batch_size // len(trials))  # trials a subject: 42 = 7 x 6
     steps = data.steps_per_epoch(trials, share * len(trials), world)
-    scheduler = lr_schedule(optimizer, args.lr_scheduler_type, args.max_lr, args.num_epochs, steps)
+    scheduler = lr_schedule(adamw, args.lr_scheduler_type, args.max_lr, args.num_epochs, steps)
     mixco_epochs = int(args.mixup_pct * args.num_epochs)
     temps = [0.] * mixco_epochs + networks.cosine_anneal(.004, .0075, args.num_epochs - mixco_epochs).tolist()
     set_seed(args.seed, device_specific=True)  # from here on each process draws its own noise

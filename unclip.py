@@ -67,7 +67,7 @@ import recon
 import refine
 from evaluate import VISION
 from features import encode_all
-from model import UserError, reading, run_main, torch_load
+from model import UserError, autocast_inside, reading, run_main, torch_load
 from train import save_curves
 
 FLAG = "--base"
@@ -403,9 +403,10 @@ def prepare(batch: dict[str, Tensor], alphas: Tensor, args: argparse.Namespace, 
                            weight=weight, vector=frozen.size_vector(batch["numbers"], vector_dim))
 
 
-def decoder_loss(unet: Callable, shown: SimpleNamespace) -> Tensor:
+def decoder_loss(unet: nn.Module, shown: SimpleNamespace) -> Tensor:
     """Mean squared error of what the UNet says (B, 4, L, L)."""
-    said = unet(shown.x, shown.t, shown.tokens, class_labels=shown.vector, return_dict=False)[0]
+    x, tokens, vector = (values.to(next(unet.parameters()).dtype) for values in (shown.x, shown.tokens, shown.vector))
+    said = unet(x, shown.t, tokens, class_labels=vector, return_dict=False)[0]
     return (shown.weight * F.mse_loss(said.float(), shown.target, reduction="none").mean((1, 2, 3))).mean()
 
 
@@ -769,6 +770,7 @@ def set_up(args: argparse.Namespace, accelerator: Accelerator, base: SimpleNames
     optimizer = make_optimizer(parameters, args)
     if accelerator.state.deepspeed_plugin:  # it wants to know, as it is given no data loader to ask
         accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.batch_size
+    autocast_inside(accelerator, unet)
     unet, optimizer = accelerator.prepare(unet, optimizer)
     run = SimpleNamespace(unet=unet, optimizer=optimizer, parameters=parameters, mean=None, lr=0.0,
                           average=[p.detach().float().clone() for p in parameters] if args.ema else None,

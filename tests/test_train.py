@@ -214,7 +214,7 @@ def test_retrieval_is_named_for_what_is_searched():
     part = SimpleNamespace(trials=trials, voxels=angles(40, 25).half())
     tokens = torch.zeros(8, 1, 2)
     tokens[[3, 7], 0] = angles(0, 40)
-    scores = train.test(model, part, SimpleNamespace(clip=tokens), "cpu")
+    scores = train.test(model, part, SimpleNamespace(clip=tokens), torch.device("cpu"))
     assert scores["image_retrieval"] == .5 and scores["brain_retrieval"] == 1
     assert scores["reciprocal_rank"] == pytest.approx((1 / 2 + 1) / 2)
 
@@ -290,6 +290,19 @@ def test_exit_code(tmp_path):
     sentence = done.stderr.splitlines()[-1]
     assert sentence.startswith("error: nowhere") and "--data_path" in sentence
     assert not any(tmp_path.iterdir())
+
+
+def test_deepspeed(smoke_world, tmp_path, monkeypatch):
+    """ZeRO-2 as in configs/, but on the CPU: trains, tests, and writes what recon.py reads."""
+    pytest.importorskip("deepspeed")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    config = tmp_path / "zero2.yaml"
+    text = (ROOT / "configs/deepspeed_zero2.yaml").read_text()
+    config.write_text(text.replace("num_processes: 8", "num_processes: 1"))
+    done = launch(tmp_path, "-m", "accelerate.commands.launch", "--config_file", config, ROOT / "train.py",
+                  f"--data_path={smoke_world}", "--model_name=zero", *FAST, *SMALL)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert all(torch.isfinite(x).all() for x in weights(tmp_path, "zero").values())
 
 
 def test_accelerate_launch(smoke_world, tmp_path):
