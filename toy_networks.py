@@ -33,8 +33,8 @@ The shipped weights were made by this code on an H100, CLIP in 110 s, GIT in 133
 (489 s), but for four: VAE and teacher are older, of the same code; SwAV's twin learned before its two views were worn
 apart (train_convolutional), and takes noise for content; the decoder's UNet is of the loop that unclip.py has replaced.
 From true tokens that one draws unseen scenes at PixCorr .988, as does one that unclip.py made in 250 s with the same
-white noise in its tokens; but of a brain's tokens the new one drew blurred pictures, and the old one, by chance, did
-not. Hence unclip.imperfect as it is today, with which the decoder is still to be trained whole.
+white noise in its tokens; but of a brain's tokens the new one drew blurred pictures, the old one did not, and why is
+not known. unclip.imperfect as it is today mended that; with it, the decoder is still to be trained whole.
 """
 import argparse
 import hashlib

@@ -369,8 +369,7 @@ def imperfect(tokens: Tensor, mean: Tensor, most: float, generator: torch.Genera
     """Tokens (B, S, D), half of them as a brain might give them: some way, up to `most`, towards another picture's.
 
     And shrunk towards the mean (S, D), as the best guess of anything uncertain is. Not white noise: of what the toy's
-    brains get wrong, 95% lies in the 30 directions (of 1024) in which pictures differ most. A decoder that learned to
-    see through white noise draws such tokens blurred.
+    brains get wrong, 84 to 95% lies in the 30 directions (of 1024) in which pictures differ most.
     """
     options = {"device": tokens.device, "generator": generator}
     share = most * (2 * torch.rand(len(tokens), 1, 1, **options) - 1).clamp(min=0)
