@@ -681,7 +681,8 @@ def frechet_distance(seen: Tensor, drawn: Tensor, args: argparse.Namespace, devi
     except judges.Missing:
         judge = judges.load_vision("inception", args.cache_dir, device)
         network, remark = Torchvision(judge), f"not FID's own, but {judge.description}"
-    fid = FrechetInceptionDistance(feature=network).to(device)
+    # One process judges for all: it would wait for ever for the others' share.
+    fid = FrechetInceptionDistance(feature=network, sync_on_compute=False).to(device)
     for name, pictures in (("seen", seen), ("drawn", drawn)):
         for part in tqdm(pictures.split(32), desc=f"FID, {name}", leave=False, delay=2):
             fid.update(part.to(device), real=name == "seen")
