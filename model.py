@@ -32,6 +32,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -165,7 +166,11 @@ class Backbone(nn.Module):
     def forward(self, x: Tensor) -> SimpleNamespace:
         """x (B, h) or (B, seq_len, h) -> .backbone, .clip_voxels, .blurry_latents, .blurry_features (None if off)."""
         x = self._mix(x)                                                                  # (B, seq_len * h)
-        tokens = self.backbone_linear(x).unflatten(1, self.token_shape)                   # (B, S, D)
+        # Three quarters of all weights, for so few rows that reading them is all the work. Left in their own precision,
+        # they are read and nothing more; autocast would write a copy at each step, and one of their gradients.
+        with torch.autocast(x.device.type, enabled=False):
+            tokens = self.backbone_linear(x.to(self.backbone_linear.weight.dtype))        # (B, S * D)
+        tokens = tokens.unflatten(1, self.token_shape)                                    # (B, S, D)
         out = SimpleNamespace(backbone=tokens, clip_voxels=self.clip_proj(tokens))        # (B, S, D) each
         out.blurry_latents = out.blurry_features = None
         if self.blurry_recon:
@@ -257,17 +262,39 @@ class RelPosBias(nn.Module):
         self.num_buckets, self.max_distance = num_buckets, max_distance
         self.relative_attention_bias = nn.Embedding(num_buckets, heads)
 
-    def forward(self, n: int) -> Tensor:
-        """The bias (H, n, n + 1) that is added to the attention logits; column 0 is the null key."""
-        device = self.relative_attention_bias.weight.device
-        # The null key shifts every key by one column, which the original ignores: key c - 1 gets the distance of c.
-        # Keys ahead of the query all count as distance 0 (causal buckets, although attention is not causal).
-        distance = torch.arange(n, device=device)[:, None] - torch.arange(n + 1, device=device)  # (n, n + 1)
-        distance = distance.clamp(min=0)
+    def _look_up(self, distance: Tensor) -> Tensor:
+        """Distances (..) >= 0 -> (.., H)."""
         near = self.num_buckets // 2  # 16 buckets of one step each, then 16 of growing width up to max_distance
         far = torch.log(distance.clamp(min=1) / near) / math.log(self.max_distance / near) * (self.num_buckets - near)
         buckets = torch.where(distance < near, distance, (near + far.long()).clamp(max=self.num_buckets - 1))
-        return self.relative_attention_bias(buckets).permute(2, 0, 1).contiguous()               # (H, n, n + 1)
+        return self.relative_attention_bias(buckets)
+
+    def table(self) -> Tensor:
+        """(H, max_distance): the bias at each distance; from the last on it is one number."""
+        distance = torch.arange(self.max_distance, device=self.relative_attention_bias.weight.device)
+        return self._look_up(distance).T.contiguous()                                            # (H, max_distance)
+
+    def forward(self, n: int) -> Tensor:
+        """The bias (H, n, n + 1) that is added to the attention logits; column 0 is the null key."""
+        # The null key shifts every key by one column, which the original ignores: key c - 1 gets the distance of c.
+        # Keys ahead of the query all count as distance 0 (causal buckets, although attention is not causal).
+        device = self.relative_attention_bias.weight.device
+        distance = torch.arange(n, device=device)[:, None] - torch.arange(n + 1, device=device)  # (n, n + 1)
+        return self._look_up(distance.clamp(min=0)).permute(2, 0, 1).contiguous()                # (H, n, n + 1)
+
+
+@cache
+def _import_attention() -> bool:
+    """Is there Triton? PyTorch brings it for Linux."""
+    try:
+        import attention  # noqa: F401  here: a CPU needs none; it makes itself known to PyTorch as mindeye2::attend
+    except ImportError:
+        return False
+    return True
+
+
+def fused(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.is_autocast_enabled("cuda") and _import_attention()
 
 
 class Attention(nn.Module):
@@ -283,7 +310,7 @@ class Attention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(heads * dim_head, dim, bias=False), LayerNorm(dim))
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], bias: Tensor) -> Tensor:
-        """x (B, N, D), rotation from RotaryEmbedding, bias (1, H, N, N + 1) -> (B, N, D)."""
+        """x (B, N, D), rotation from RotaryEmbedding, bias (1, H, N, N + 1) or its table (H, far) -> (B, N, D)."""
         x = self.norm(x)                                                                       # (B, N, D)
         q = self.to_q(x).unflatten(-1, (self.heads, self.dim_head)).transpose(1, 2)            # (B, H, N, d)
         k, v = self.to_kv(x)[:, None].chunk(2, -1)                                             # (B, 1, N, d) each
@@ -291,6 +318,12 @@ class Attention(nn.Module):
         null_k, null_v = self.null_kv[:, None, None, None].expand(-1, len(x), 1, 1, -1)        # (B, 1, 1, d) each
         k, v = torch.cat((null_k, k), 2), torch.cat((null_v, v), 2)                            # (B, 1, N + 1, d)
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)  # so a logit is 16 times a cosine
+        if bias.ndim == 2:
+            half = torch.get_autocast_dtype(q.device.type)
+            spare = max(16, 1 << (self.dim_head - 1).bit_length()) - self.dim_head             # to a power of two
+            q, k, v = (F.pad(t.to(half), (0, spare)).contiguous() for t in (q.transpose(1, 2), k[:, 0], v[:, 0]))
+            out = torch.ops.mindeye2.attend(q, k, v, bias, 16.0)[0][..., : self.dim_head]      # (B, N, H, d)
+            return self.to_out(out.flatten(2))                                                 # (B, N, D)
         # Fused kernels want a head size that is a multiple of 8; zeros change neither the dot products nor the rest.
         q, k, v = (F.pad(t, (0, -self.dim_head % 8)) for t in (q, k, v))
         k, v = k.expand(-1, self.heads, -1, -1), v.expand(-1, self.heads, -1, -1)              # (B, H, N + 1, d)
@@ -331,7 +364,8 @@ class PriorTransformer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
-        bias = self.rel_pos_bias(x.shape[1])[None]           # (1, H, N, N + 1)
+        # A GPU in half precision makes the bias inside of the attention (attention.py).
+        bias = self.rel_pos_bias.table() if fused(x.device) else self.rel_pos_bias(x.shape[1])[None]
         rotation = self.layers[0][0].rotary_emb(x.shape[1])  # (N, 32) twice
         for layer in self.layers:
             x = layer(x, rotation, bias)                     # (B, N, D)
@@ -529,6 +563,12 @@ class MindEye2(nn.Module):
             out["loss_prior"], out["prior_prediction"] = self.diffusion_prior.loss(out["backbone"], clip_target)
         return out
 
+    def compile_blocks(self) -> None:
+        """torch.compile what most of a step's time goes to, by pieces: the whole would take minutes."""
+        layers = self.diffusion_prior.net.causal_transformer.layers if self.diffusion_prior is not None else ()
+        for block in (*layers, self.backbone.clip_proj):
+            block.compile()
+
     @torch.no_grad()
     def tie_positions(self, std: float = 1.0, generator: torch.Generator | None = None) -> None:
         """Start with brain token i and image token i marked by the same random vector, of that std per channel.
@@ -564,7 +604,8 @@ def mixco(
     perm = torch.randperm(count) if perm is None else perm
     betas = torch.distributions.Beta(beta, beta).sample([count]) if betas is None else betas
     select = torch.rand(count) <= s_thresh if select is None else select
-    perm, betas, select = perm.to(device), betas.to(device, voxels.dtype), select.to(device)
+    perm, select = (x.to(device, non_blocking=True) for x in (perm, select))  # a step should not wait for the GPU
+    betas = betas.to(device, voxels.dtype, non_blocking=True)
     betas = torch.where(select, betas, torch.ones_like(betas))  # (B,)
     weight = betas.view(-1, *[1] * (voxels.ndim - 1))           # (B, 1, ...)
     return voxels * weight + voxels[perm] * (1 - weight), perm, betas, select

@@ -5,6 +5,8 @@ Run: python -m pytest tests/test_model.py        (under a minute on two CPU core
 
 import enum
 import errno
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -201,6 +203,44 @@ def test_prior_network_and_its_parts(small):
     assert error(transformer.norm(g["stable_norm_in"]), g["stable_norm_out"]) < 1e-5
     assert error(attention.norm(g["stable_norm_in"]), g["norm0_out"]) < 1e-5
     assert error(feed_forward(g["tokens"] + out), g["layer0_ff_out"]) < 1e-5
+
+
+def test_the_bias_is_its_table_by_distance(small):
+    bias = small.diffusion_prior.net.causal_transformer.rel_pos_bias
+    n = 300
+    distance = (torch.arange(n)[:, None] - torch.arange(n + 1)).clamp(0, bias.max_distance - 1)
+    assert torch.equal(bias(n), bias.table()[:, distance])
+    assert torch.equal(bias.table()[:, 113], bias.table()[:, -1])  # from 113 on it is one number
+    assert not torch.equal(bias.table()[:, 112], bias.table()[:, -1])
+
+
+FUSED = """
+import sys, torch
+sys.path[:0] = sys.argv[1:]
+import attention, model
+torch.get_autocast_dtype = lambda device: torch.float32  # Triton's interpreter has no half precision
+torch.manual_seed(0)
+transformer, x = model.PriorTransformer(48, 2, 12, 4), torch.randn(2, 200, 48)
+results = []
+for fused in (False, True):
+    model.fused = lambda device: fused
+    transformer.zero_grad()
+    out = transformer(x)
+    out.square().sum().backward()
+    results.append([out.detach()] + [p.grad.clone() for p in transformer.parameters() if p.requires_grad])
+for one, two in zip(*results, strict=True):
+    assert (one - two).abs().max() < 1e-4 * one.abs().max(), (one, two)
+print(len(results[0]), "tensors agree")
+"""
+
+
+def test_fused_attention_is_the_plain_one_with_its_gradients():
+    """The kernels, run by Triton's interpreter: a tile with near, far and ahead keys, odd lengths, padded channels."""
+    pytest.importorskip("triton")
+    done = subprocess.run([sys.executable, "-c", FUSED, str(Path(m.__file__).parent)], capture_output=True, text=True,
+                          env=os.environ | {"TRITON_INTERPRET": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "tensors agree" in done.stdout
 
 
 def test_layernorm_eps_depends_on_the_dtype():
