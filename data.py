@@ -464,13 +464,24 @@ def separate_twins(order: np.ndarray, image: np.ndarray, rng: np.random.Generato
     return order
 
 
-def prefetch(items: Iterable, n: int = 2) -> Iterator:
-    """Yield the items, up to n of them prepared ahead by a thread; an error in preparing is raised here."""
+def pinned(batch: dict) -> dict:
+    """A dict of tensors, or of lists of them, in memory from which a GPU copies while others work."""
+    return {name: [x.pin_memory() for x in value] if isinstance(value, list) else value.pin_memory()
+            for name, value in batch.items()}
+
+
+def prefetch(items: Iterable, n: int = 2, pin: bool = False) -> Iterator:
+    """Yield the items, up to n of them prepared (and pinned) ahead by a thread; its errors are raised here."""
     items, end = iter(items), object()
+
+    def prepare():
+        item = next(items, end)
+        return pinned(item) if pin and item is not end else item
+
     with ThreadPoolExecutor(1) as pool:
-        ahead = deque(pool.submit(next, items, end) for _ in range(n))
+        ahead = deque(pool.submit(prepare) for _ in range(n))
         while (item := ahead.popleft().result()) is not end:
-            ahead.append(pool.submit(next, items, end))
+            ahead.append(pool.submit(prepare))
             yield item
 
 
