@@ -1,0 +1,19 @@
+"""The benchmarks at their smallest: they must not rot between two GPUs.
+
+    python -m pytest tests/test_bench.py
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+import bench_gpu  # noqa: E402
+
+
+def test_training_is_timed_in_its_own_loop(capsys):
+    results = bench_gpu.main(["--tiny"])
+    assert [found.batch for found in results] == [14, 14, 14]
+    assert all(found.ms > 0 and found.calls == 4 for found in results)  # one to warm up, two timed
+    assert results[1].weights > results[0].weights > results[2].weights  # seven ridges; no low-level head
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert len(rows) == 4 and rows[1].startswith("| fine-tuning, 4096 wide | 14 |")
