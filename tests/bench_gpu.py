@@ -78,7 +78,7 @@ def write_world(folder: Path, size: SimpleNamespace, trials: int) -> None:
 
 
 def measure(folder: Path, size: SimpleNamespace, flags: str, warm: int, steps: int) -> SimpleNamespace:
-    """.ms a step, .parts of it {name: ms}, .peak GiB, .weights that learn, .batch."""
+    """.ms a step, .parts of it {name: ms}, GiB at the .peak and .reserved, .weights that learn, .batch."""
     gc.collect()
     cuda = torch.cuda.is_available()
     marks, clock, found = [], [], SimpleNamespace()
@@ -130,10 +130,11 @@ def measure(folder: Path, size: SimpleNamespace, flags: str, warm: int, steps: i
         except Done:
             pass
     found.ms = 1000 * (clock[1] - clock[0]) / steps
-    found.parts, found.peak = {}, 0.0
+    found.parts, found.peak, found.reserved = {}, 0.0, 0.0
     if cuda:
         torch.cuda.synchronize()
-        found.peak = torch.cuda.max_memory_reserved() / 2**30
+        found.peak = torch.cuda.max_memory_allocated() / 2**30
+        found.reserved = torch.cuda.max_memory_reserved() / 2**30
         for (_, one), (name, two) in zip(marks, marks[1:], strict=False):
             found.parts[name] = found.parts.get(name, 0) + one.elapsed_time(two) / steps
     return found
@@ -164,7 +165,7 @@ def main(argv: list[str] | None = None) -> list[SimpleNamespace]:
         matmul, copy = limits()
         print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: {matmul / 1e12:.0f} TFLOP/s, "
               f"{copy / 1e12:.2f} TB/s, flags {args.flags}\n")
-    print("| training | batch | ms / step | of it forward, backward, AdamW, loading | peak GiB | floor, ms | original, "
+    print("| training | batch | ms / step | forward, backward, AdamW, loading | peak GiB (reserved) | floor, ms | original, "
           "ms (GPU) | times as fast (GPU) |\n|---|--:|--:|---|--:|--:|--:|--:|", flush=True)
     results = []
     with tempfile.TemporaryDirectory() as folder:
@@ -175,8 +176,8 @@ def main(argv: list[str] | None = None) -> list[SimpleNamespace]:
             floor = "" if args.tiny else (
                 f"{1000 * (found.batch * OPERATIONS / matmul + found.weights * BYTES / copy):.0f}")
             parts = ", ".join(f"{found.parts.get(name, 0):.0f}" for name in ("forward", "backward", "AdamW", "load"))
-            print(f"| {title} | {found.batch} | {found.ms:.1f} | {parts} | {found.peak:.1f} | {floor} | {wall} ({busy})"
-                  f" | {wall / found.ms:.1f} ({busy / found.ms:.1f}) |", flush=True)
+            print(f"| {title} | {found.batch} | {found.ms:.1f} | {parts} | {found.peak:.1f} ({found.reserved:.1f}) | "
+                  f"{floor} | {wall} ({busy}) | {wall / found.ms:.1f} ({busy / found.ms:.1f}) |", flush=True)
             torch._dynamo.reset()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
