@@ -165,8 +165,8 @@ def main(argv: list[str] | None = None) -> list[SimpleNamespace]:
         matmul, copy = limits()
         print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: {matmul / 1e12:.0f} TFLOP/s, "
               f"{copy / 1e12:.2f} TB/s, flags {args.flags}\n")
-    print("| training | batch | ms / step | forward, backward, AdamW, loading | peak GiB (reserved) | floor, ms | original, "
-          "ms (GPU) | times as fast (GPU) |\n|---|--:|--:|---|--:|--:|--:|--:|", flush=True)
+    print("| training | batch | ms / step | forward, backward, AdamW, loading | peak GiB (reserved) | floor, ms | "
+          "original, ms (GPU) | times as fast (GPU) |\n|---|--:|--:|---|--:|--:|--:|--:|", flush=True)
     results = []
     with tempfile.TemporaryDirectory() as folder:
         write_world(Path(folder), size, trials)

@@ -37,7 +37,7 @@ SETTINGS = [  # flags, pictures a step, GB of the card
     ("--graph --compile --ema=0", 8, 48),
     ("--graph --gradient_checkpointing --optimizer=adamw8bit", 8, 48),
     ("--graph --gradient_checkpointing --ema=0 --train=cross_attention", 8, 24),
-    ("--graph --gradient_checkpointing --ema=0 --optimizer=adamw8bit --weights=bfloat16", 8, 24),
+    ("--gradient_checkpointing --ema=0 --optimizer=adamw8bit --weights=bfloat16", 8, 24),
 ]
 USABLE = 0.93  # of a card's memory: the driver and the libraries take some
 
