@@ -691,10 +691,14 @@ def parameter_groups(model: nn.Module, weight_decay: float = 1e-2) -> list[dict]
     return groups
 
 
-def autocast_inside(accelerator: Accelerator, network: nn.Module) -> None:
-    """With DeepSpeed, which turns autocast off around a network whose weights it halved: turn it on inside."""
+def ready_for_deepspeed(accelerator: Accelerator, network: nn.Module, batch_size: int) -> None:
+    """Where DeepSpeed will wrap the network, tell it the batch size and keep its hands off autocast."""
+    plugin = accelerator.state.deepspeed_plugin
+    if not plugin:
+        return
+    plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = batch_size  # it is given no data loader to ask
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
-    if accelerator.state.deepspeed_plugin and dtype:
+    if dtype:  # it turns autocast off around a network whose weights it halved: on again inside
         network.forward = torch.autocast(accelerator.device.type, dtype)(network.forward)
 
 

@@ -317,6 +317,16 @@ def check_args(args: argparse.Namespace) -> None:
             raise UserError(f"--{name}={getattr(args, name)} must be at least 1.")
 
 
+def start_accelerator(args: argparse.Namespace) -> Accelerator:
+    """Devices and processes as `accelerate launch` says, bfloat16 on a GPU if it says nothing, and the log's places."""
+    trackers = [TensorBoardTracker(args.model_name, args.train_logs)]
+    if args.wandb_log:
+        trackers.append(WandBTracker(args.wandb_project, name=args.model_name, config=vars(args)))
+    half = "bf16" if torch.cuda.is_available() else "no"
+    return Accelerator(mixed_precision=os.environ.get("ACCELERATE_MIXED_PRECISION", half), log_with=trackers,
+                       project_dir=args.train_logs)
+
+
 def choose_sizes(args: argparse.Namespace) -> tuple[dict, dict | None]:
     """Constructor arguments that are a choice, and the pretrained state dict (or None), whose sizes then hold."""
     sizes = {"hidden_dim": 1024, "n_blocks": 4, "prior_depth": 6, "prior_dim_head": 52, "backbone": "released"}
@@ -407,12 +417,7 @@ def main(argv: list[str] | None = None) -> dict[str, list[tuple[int, float]]]:
     args = parse_args(argv)
     check_args(args)
     sizes, pretrained = choose_sizes(args)
-    trackers = [TensorBoardTracker(args.model_name, args.train_logs)]
-    if args.wandb_log:
-        trackers.append(WandBTracker(args.wandb_project, name=args.model_name, config=vars(args)))
-    half = "bf16" if torch.cuda.is_available() else "no"
-    accelerator = Accelerator(mixed_precision=os.environ.get("ACCELERATE_MIXED_PRECISION", half), log_with=trackers,
-                              project_dir=args.train_logs)
+    accelerator = start_accelerator(args)
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     accelerator.wait_for_everyone()  # the first process may have built the toy world
     set_seed(args.seed)
@@ -424,9 +429,7 @@ def main(argv: list[str] | None = None) -> dict[str, list[tuple[int, float]]]:
     if args.compile:
         model.compile_blocks()
     optimizer = adamw = torch.optim.AdamW(networks.parameter_groups(model), lr=args.max_lr, fused=device.type == "cuda")
-    if accelerator.state.deepspeed_plugin:  # it wants to know, as it is given no data loader to ask
-        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.batch_size
-    networks.autocast_inside(accelerator, model)
+    networks.ready_for_deepspeed(accelerator, model, args.batch_size)
     model, optimizer = accelerator.prepare(model, optimizer)
     if not args.use_image_aug:
         targets.frozen["clip"] = targets.frozen["teacher"] = None  # all that the loop needs is on disk

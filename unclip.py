@@ -40,7 +40,6 @@ import csv
 import gc
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -52,7 +51,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.tracking import TensorBoardTracker, WandBTracker
 from braceexpand import braceexpand
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
@@ -67,8 +65,8 @@ import recon
 import refine
 from evaluate import VISION
 from features import encode_all
-from model import UserError, autocast_inside, reading, run_main, torch_load
-from train import save_curves
+from model import UserError, reading, ready_for_deepspeed, run_main, torch_load
+from train import save_curves, start_accelerator
 
 FLAG = "--base"
 GRID_COLUMNS = 12
@@ -768,9 +766,7 @@ def set_up(args: argparse.Namespace, accelerator: Accelerator, base: SimpleNames
     if args.compile:
         unet.compile_repeated_blocks()
     optimizer = make_optimizer(parameters, args)
-    if accelerator.state.deepspeed_plugin:  # it wants to know, as it is given no data loader to ask
-        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.batch_size
-    autocast_inside(accelerator, unet)
+    ready_for_deepspeed(accelerator, unet, args.batch_size)
     unet, optimizer = accelerator.prepare(unet, optimizer)
     run = SimpleNamespace(unet=unet, optimizer=optimizer, parameters=parameters, mean=None, lr=0.0,
                           average=[p.detach().float().clone() for p in parameters] if args.ema else None,
@@ -836,11 +832,7 @@ def main(argv: list[str] | None = None) -> dict:
     """Returns .history {name: [(step, value), ..]} and .table {row: value} as a dict."""
     args = parse(argv)
     check_args(args)
-    trackers = [TensorBoardTracker(args.model_name, args.train_logs)]
-    if args.wandb_log:
-        trackers.append(WandBTracker(args.wandb_project, name=args.model_name, config=vars(args)))
-    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "bf16" if torch.cuda.is_available() else "no")
-    accelerator = Accelerator(mixed_precision=precision, log_with=trackers, project_dir=args.train_logs)
+    accelerator = start_accelerator(args)
     if args.graph and accelerator.num_processes > 1:
         raise UserError(f"--graph works in one process, not in {accelerator.num_processes}: leave it out.")
     if not Path(args.base).exists():

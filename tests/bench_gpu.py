@@ -35,7 +35,7 @@ ROWS = [  # what, flags, the original's ms a step: wall time and GPU-busy (share
     ("fine-tuning, 4096 wide", "--subj=1 --hidden_dim=4096 --batch_size=24", 426, 383),
     ("pretraining, 4096 wide", "--multi_subject --subj=8 --hidden_dim=4096 --batch_size=42", 801, 660),
     ("pretraining, 1024 wide, no low-level head",
-     "--multi_subject --subj=8 --hidden_dim=1024 --batch_size=42 --no-blurry_recon", 375, 375),
+     "--multi_subject --subj=8 --hidden_dim=1024 --batch_size=42 --no-blurry_recon", 375, None),
 ]
 TRUE = SimpleNamespace(voxels=(15724, 14278, 15226, 13153, 13039, 17907, 12682, 14386), tokens=(256, 1664), pixels=224,
                        latents=28, features=49, flags="", images=600)
@@ -177,7 +177,8 @@ def main(argv: list[str] | None = None) -> list[SimpleNamespace]:
                 f"{1000 * (found.batch * OPERATIONS / matmul + found.weights * BYTES / copy):.0f}")
             parts = ", ".join(f"{found.parts.get(name, 0):.0f}" for name in ("forward", "backward", "AdamW", "load"))
             print(f"| {title} | {found.batch} | {found.ms:.1f} | {parts} | {found.peak:.1f} ({found.reserved:.1f}) | "
-                  f"{floor} | {wall} ({busy}) | {wall / found.ms:.1f} ({busy / found.ms:.1f}) |", flush=True)
+                  f"{floor} | {wall}{f' ({busy})' if busy else ''} | {wall / found.ms:.1f}"
+                  f"{f' ({busy / found.ms:.1f})' if busy else ''} |", flush=True)
             torch._dynamo.reset()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
