@@ -42,6 +42,7 @@ from accelerate import Accelerator
 from diffusers.models.autoencoders.vae import Decoder
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Errors that the user can mend
@@ -356,6 +357,7 @@ class PriorTransformer(nn.Module):
     """The layers, with positions computed once for all of them, then a norm and a linear output."""
     def __init__(self, dim: int, depth: int, dim_head: int, heads: int) -> None:
         super().__init__()
+        self.checkpointing = False  # in training, compute activations twice instead of keeping them
         self.rel_pos_bias = RelPosBias(heads)
         rotary_emb = RotaryEmbedding(min(32, dim_head))
         self.layers = nn.ModuleList(PriorLayer(dim, dim_head, heads, rotary_emb) for _ in range(depth))
@@ -368,7 +370,10 @@ class PriorTransformer(nn.Module):
         bias = self.rel_pos_bias.table() if fused(x.device) else self.rel_pos_bias(x.shape[1])[None]
         rotation = self.layers[0][0].rotary_emb(x.shape[1])  # (N, 32) twice
         for layer in self.layers:
-            x = layer(x, rotation, bias)                     # (B, N, D)
+            if self.checkpointing and self.training:  # nothing in a layer is random: no state of random numbers to keep
+                x = checkpoint(layer, x, rotation, bias, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = layer(x, rotation, bias)                 # (B, N, D)
         return self.project_out(self.norm(x))                # (B, N, D)
 
 

@@ -94,6 +94,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                    help="cached recolourings of each image for the low-level teacher (the paper: a new one each step)")
     p.add_argument("--val_sessions", type=int, default=0,
                    help="sessions after the last training session to validate on and keep best.pth by; 0: none")
+    p.add_argument("--gradient_checkpointing", action=flag, default=False,
+                   help="compute the prior's activations twice instead of keeping them: slower, smaller")
+    p.add_argument("--gradient_accumulation", type=int, default=1,
+                   help="batches whose gradients make one step of the optimizer; unlike a larger --batch_size, the "
+                        "contrastive loss still compares within each")
     p.add_argument("--compile", action=flag, default=False,
                    help="torch.compile of the prior's layers on a GPU: faster steps, after ten seconds")
     p.add_argument("--train_logs", default="train_logs", help="folder of all runs")
@@ -221,11 +226,11 @@ def low_level(out: dict, batch: dict, mix: SimpleNamespace | None) -> torch.Tens
     return l1 + .1 * networks.soft_contrastive_loss(student, teacher, recoloured, .2)
 
 
-def lr_schedule(optimizer, kind: str, max_lr: float, epochs: int, steps: int):
+def lr_schedule(optimizer, kind: str, max_lr: float, epochs: int, steps: float):
     """OneCycle: 2 epochs up from max_lr / 25, cosine down to max_lr / 25000; AdamW's beta1 goes .95 -> .85 -> .95."""
     if kind == "linear":
-        return torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=epochs * steps)
-    return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr, total_steps=max(3, epochs * steps),
+        return torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=int(epochs * steps))
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr, total_steps=max(3, int(epochs * steps)),
                                                pct_start=min(.5, 2 / epochs), final_div_factor=1000)
 
 
@@ -312,7 +317,7 @@ def check_args(args: argparse.Namespace) -> None:
     args.cache_dir = args.cache_dir or args.data_path
     if args.multi_subject and args.multisubject_ckpt:
         raise UserError("--multisubject_ckpt starts a fine-tuning: use it with --no-multi_subject.")
-    for name in ("num_epochs", "batch_size", "num_sessions", "ckpt_interval", "teacher_views"):
+    for name in ("num_epochs", "batch_size", "num_sessions", "ckpt_interval", "teacher_views", "gradient_accumulation"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name}={getattr(args, name)} must be at least 1.")
 
@@ -324,7 +329,8 @@ def start_accelerator(args: argparse.Namespace) -> Accelerator:
         trackers.append(WandBTracker(args.wandb_project, name=args.model_name, config=vars(args)))
     half = "bf16" if torch.cuda.is_available() else "no"
     return Accelerator(mixed_precision=os.environ.get("ACCELERATE_MIXED_PRECISION", half), log_with=trackers,
-                       project_dir=args.train_logs)
+                       project_dir=args.train_logs,
+                       gradient_accumulation_steps=getattr(args, "gradient_accumulation", 1))
 
 
 def choose_sizes(args: argparse.Namespace) -> tuple[dict, dict | None]:
@@ -426,6 +432,8 @@ def main(argv: list[str] | None = None) -> dict[str, list[tuple[int, float]]]:
     sets = load_data(args)
     targets = load_targets(args, accelerator, sets)
     model = build_model(args, sizes, pretrained, [part.voxels.shape[1] for part in sets.train], targets)
+    if args.use_prior:
+        model.diffusion_prior.net.causal_transformer.checkpointing = args.gradient_checkpointing
     if args.compile:
         model.compile_blocks()
     optimizer = adamw = torch.optim.AdamW(networks.parameter_groups(model), lr=args.max_lr, fused=device.type == "cuda")
@@ -437,7 +445,8 @@ def main(argv: list[str] | None = None) -> dict[str, list[tuple[int, float]]]:
     trials = [part.trials for part in sets.train]
     share = max(1, args.batch_size // len(trials))  # trials a subject: 42 = 7 x 6
     steps = data.steps_per_epoch(trials, share * len(trials), world)
-    scheduler = lr_schedule(adamw, args.lr_scheduler_type, args.max_lr, args.num_epochs, steps)
+    scheduler = lr_schedule(adamw, args.lr_scheduler_type, args.max_lr, args.num_epochs,
+                            steps / args.gradient_accumulation)
     mixco_epochs = int(args.mixup_pct * args.num_epochs)
     temps = [0.] * mixco_epochs + networks.cosine_anneal(.004, .0075, args.num_epochs - mixco_epochs).tolist()
     set_seed(args.seed, device_specific=True)  # from here on each process draws its own noise
@@ -452,10 +461,12 @@ def main(argv: list[str] | None = None) -> dict[str, list[tuple[int, float]]]:
             batch = encode(batch, targets, device)
             progress.parts = step_losses(args, accelerator, model, batch, epoch < mixco_epochs, temps[epoch])
             loss = sum(progress.parts.values())
-            accelerator.backward(loss)
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
+            with accelerator.accumulate(model):  # all of it after each --gradient_accumulation-th batch, else backward
+                accelerator.backward(loss)
+                optimizer.step()
+                optimizer.zero_grad()
+            if accelerator.sync_gradients:
+                scheduler.step()
             progress.losses.append(loss.detach())
             bar.update()
         if epoch % args.ckpt_interval == 0 or epoch == args.num_epochs - 1:

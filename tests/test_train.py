@@ -80,6 +80,34 @@ def test_one_seed_one_model(smoke_world, tmp_path):
     assert not torch.equal(a["backbone.backbone_linear.weight"], c["backbone.backbone_linear.weight"])
 
 
+def test_gradient_checkpointing_changes_no_weight(smoke_world, tmp_path):
+    run(smoke_world, tmp_path, "--model_name=a", *SMALL)
+    run(smoke_world, tmp_path, "--model_name=b", "--gradient_checkpointing", *SMALL)
+    a, b = (weights(tmp_path, name) for name in "ab")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_checkpointed_layers_are_computed_twice(monkeypatch):
+    calls, forward = [], networks.PriorLayer.forward
+    monkeypatch.setattr(networks.PriorLayer, "forward", lambda self, *args: calls.append(1) or forward(self, *args))
+    transformer = networks.PriorTransformer(32, 2, 16, 2)
+    for transformer.checkpointing, times in ((False, 2), (True, 4)):
+        calls.clear()
+        transformer(torch.randn(1, 5, 32)).sum().backward()
+        assert len(calls) == times
+
+
+def test_gradients_are_gathered_over_batches(smoke_world, tmp_path, monkeypatch):
+    steps, step = [], torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *args: steps.append(1) or step(self, *args))
+    run(smoke_world, tmp_path, "--model_name=a", "--num_epochs=13", *SMALL)
+    batches = len(steps)
+    run(smoke_world, tmp_path, "--model_name=b", "--num_epochs=13", "--gradient_accumulation=3", *SMALL)
+    assert batches >= 13 and len(steps) - batches == batches // 3
+    schedule = networks.load_checkpoint(tmp_path / "train_logs/b")["lr_scheduler"]
+    assert schedule["last_epoch"] == schedule["total_steps"] == batches // 3  # it comes to its end
+
+
 def test_targets_are_encoded_once(smoke_world, tmp_path, monkeypatch):
     run(smoke_world, tmp_path, "--model_name=a", *SMALL)
     encoded, tokens = [], FrozenCLIP.tokens
