@@ -457,7 +457,7 @@ def main(argv: list[str] | None = None) -> dict[str, list[tuple[int, float]]]:
     for epoch in range(args.num_epochs):
         chosen = data.epoch_batches(trials, share, steps, args.seed, epoch, rank, world)
         fetched = (fetch(sets, targets, picked, args) for picked in chosen)
-        for batch in data.prefetch(fetched, pin=device.type == "cuda"):
+        for batch in data.prefetch(fetched, device, pin=True):
             batch = encode(batch, targets, device)
             progress.parts = step_losses(args, accelerator, model, batch, epoch < mixco_epochs, temps[epoch])
             loss = sum(progress.parts.values())

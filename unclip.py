@@ -818,7 +818,8 @@ def learn(args: argparse.Namespace, accelerator: Accelerator, base: SimpleNamesp
         run.mean = mean_tokens(sources, pictures.train, device)
     run.bar = tqdm(total=args.num_steps, initial=start, desc=args.model_name, disable=not accelerator.is_main_process)
     rows = batches(pictures.train, args, start, accelerator.process_index, accelerator.num_processes)
-    for step, batch in enumerate(data.prefetch(fetch(sources, chosen) for chosen in rows), start):
+    fetched = (fetch(sources, chosen) for chosen in rows)
+    for step, batch in enumerate(data.prefetch(fetched, device), start):
         run.losses.append(train_step(args, accelerator, run, encode(sources, batch, device), step))
         run.bar.update()
         if (step + 1) % args.ckpt_interval == 0 or step + 1 == args.num_steps:

@@ -274,17 +274,18 @@ def test_subjects_give_equal_numbers_and_short_ones_start_over():
 
 
 def test_prefetch_keeps_order_and_passes_errors():
-    assert list(data.prefetch(range(20))) == list(range(20)) and list(data.prefetch([])) == []
+    for device in map(torch.device, ("cuda", "cpu")):  # in a thread, or one by one
+        assert list(data.prefetch(range(20), device)) == list(range(20)) and list(data.prefetch([], device)) == []
 
     def broken():
         yield 1
         raise UserError("bad row")
 
-    items = data.prefetch(broken())
+    items = data.prefetch(broken(), torch.device("cuda"))
     assert next(items) == 1
     with pytest.raises(UserError, match="bad row"):
         next(items)
-    endless = data.prefetch(iter(int, 1))
+    endless = data.prefetch(iter(int, 1), torch.device("cuda"))
     assert next(endless) == 0
     endless.close()  # must return, not wait for the rest
 
