@@ -169,8 +169,11 @@ class Backbone(nn.Module):
         x = self._mix(x)                                                                  # (B, seq_len * h)
         # Three quarters of all weights, for so few rows that reading them is all the work. Left in their own precision,
         # they are read and nothing more; autocast would write a copy at each step, and one of their gradients.
-        with torch.autocast(x.device.type, enabled=False):
-            tokens = self.backbone_linear(x.to(self.backbone_linear.weight.dtype))        # (B, S * D)
+        if torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                tokens = self.backbone_linear(x.to(self.backbone_linear.weight.dtype))    # (B, S * D)
+        else:
+            tokens = self.backbone_linear(x)                                              # (B, S * D)
         tokens = tokens.unflatten(1, self.token_shape)                                    # (B, S, D)
         out = SimpleNamespace(backbone=tokens, clip_voxels=self.clip_proj(tokens))        # (B, S, D) each
         out.blurry_latents = out.blurry_features = None
