@@ -169,7 +169,7 @@ class Backbone(nn.Module):
         x = self._mix(x)                                                                  # (B, seq_len * h)
         # Three quarters of all weights, for so few rows that reading them is all the work. Left in their own precision,
         # they are read and nothing more; autocast would write a copy at each step, and one of their gradients.
-        if torch.is_autocast_enabled(x.device.type):
+        if self.training:
             with torch.autocast(x.device.type, enabled=False):
                 tokens = self.backbone_linear(x.to(self.backbone_linear.weight.dtype))    # (B, S * D)
         else:
