@@ -100,15 +100,17 @@ def measure(folder: Path, size: SimpleNamespace, flags: str, warm: int, steps: i
 
     def losses(args, accelerator, model, batch, *rest):
         found.calls = getattr(found, "calls", 0) + 1
+        if found.calls == 1:
+            found.batch = len(batch["clip"])
+            found.weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
         if found.calls in (warm + 1, warm + 1 + steps):
             if cuda:
                 torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats() if not clock else None
+            if cuda and not clock:
+                torch.cuda.reset_peak_memory_stats()
             clock.append(time.perf_counter())
         if len(clock) == 2:
             raise Done
-        found.batch = len(batch["clip"])
-        found.weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
         return step(args, accelerator, model, batch, *rest)
 
     step = around(train.step_losses, "load", "forward")

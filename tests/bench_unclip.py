@@ -21,6 +21,7 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+from bench_gpu import limits  # noqa: E402
 from bench_recon import DEVICE, random_weights  # noqa: E402
 
 import frozen  # noqa: E402
@@ -40,18 +41,6 @@ SETTINGS = [  # flags, pictures a step, GB of the card
     ("--gradient_checkpointing --ema=0 --optimizer=adamw8bit --weights=bfloat16", 8, 24),
 ]
 USABLE = 0.93  # of a card's memory: the driver and the libraries take some
-
-
-def matmul_limit() -> float:
-    """Operations a second of a bfloat16 matrix product."""
-    a, b = torch.randn(2, 8192, 8192, device=DEVICE, dtype=torch.bfloat16)
-    for i in range(30):
-        if i == 10:
-            torch.cuda.synchronize()
-            began = time.perf_counter()
-        a @ b
-    torch.cuda.synchronize()
-    return 20 * 2 * 8192**3 / (time.perf_counter() - began)
 
 
 def count_operations() -> float:
@@ -92,7 +81,7 @@ def measure(flags: str, size: int, card: int, steps: int = 14) -> tuple[float, f
 
 
 def main() -> None:
-    limit, operations = matmul_limit(), count_operations()
+    (limit, _), operations = limits(), count_operations()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: {limit / 1e12:.0f} TFLOP/s; forward and "
           f"backward pass of a picture: {operations / 1e12:.2f} TFLOP\n")
     print("| unclip.py | batch | card | ms / step | images/s | of matmul | peak GiB |\n|---|--:|--:|--:|--:|--:|--:|")
