@@ -38,7 +38,6 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from diffusers.models.autoencoders.vae import Decoder
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -697,17 +696,6 @@ def parameter_groups(model: nn.Module, weight_decay: float = 1e-2) -> list[dict]
         groups.append({"params": [p for name, p in named if "bias" not in name], "weight_decay": weight_decay})
         groups.append({"params": [p for name, p in named if "bias" in name], "weight_decay": 0.0})
     return groups
-
-
-def ready_for_deepspeed(accelerator: Accelerator, network: nn.Module, batch_size: int) -> None:
-    """Where DeepSpeed will wrap the network, tell it the batch size and keep its hands off autocast."""
-    plugin = accelerator.state.deepspeed_plugin
-    if not plugin:
-        return
-    plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = batch_size  # it is given no data loader to ask
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
-    if dtype:  # it turns autocast off around a network whose weights it halved: on again inside
-        network.forward = torch.autocast(accelerator.device.type, dtype)(network.forward)
 
 
 def save_checkpoint(path: str | Path, model: nn.Module, **extra: object) -> None:

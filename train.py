@@ -226,11 +226,12 @@ def low_level(out: dict, batch: dict, mix: SimpleNamespace | None) -> torch.Tens
     return l1 + .1 * networks.soft_contrastive_loss(student, teacher, recoloured, .2)
 
 
-def lr_schedule(optimizer, kind: str, max_lr: float, epochs: int, steps: float):
+def lr_schedule(optimizer, kind: str, max_lr: float, epochs: int, steps: int, accumulation: int = 1):
     """OneCycle: 2 epochs up from max_lr / 25, cosine down to max_lr / 25000; AdamW's beta1 goes .95 -> .85 -> .95."""
+    total = epochs * steps // accumulation
     if kind == "linear":
-        return torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=int(epochs * steps))
-    return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr, total_steps=max(3, int(epochs * steps)),
+        return torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=total)
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr, total_steps=max(3, total),
                                                pct_start=min(.5, 2 / epochs), final_div_factor=1000)
 
 
@@ -322,15 +323,25 @@ def check_args(args: argparse.Namespace) -> None:
             raise UserError(f"--{name}={getattr(args, name)} must be at least 1.")
 
 
-def start_accelerator(args: argparse.Namespace) -> Accelerator:
+def start_accelerator(args: argparse.Namespace, gradient_accumulation: int = 1) -> Accelerator:
     """Devices and processes as `accelerate launch` says, bfloat16 on a GPU if it says nothing, and the log's places."""
     trackers = [TensorBoardTracker(args.model_name, args.train_logs)]
     if args.wandb_log:
         trackers.append(WandBTracker(args.wandb_project, name=args.model_name, config=vars(args)))
     half = "bf16" if torch.cuda.is_available() else "no"
     return Accelerator(mixed_precision=os.environ.get("ACCELERATE_MIXED_PRECISION", half), log_with=trackers,
-                       project_dir=args.train_logs,
-                       gradient_accumulation_steps=getattr(args, "gradient_accumulation", 1))
+                       project_dir=args.train_logs, gradient_accumulation_steps=gradient_accumulation)
+
+
+def ready_for_deepspeed(accelerator: Accelerator, network: torch.nn.Module, batch_size: int) -> None:
+    """Where DeepSpeed will wrap the network, tell it the batch size and keep its hands off autocast."""
+    plugin = accelerator.state.deepspeed_plugin
+    if not plugin:
+        return
+    plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = batch_size  # it is given no data loader to ask
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    if dtype:  # it turns autocast off around a network whose weights it halved: on again inside
+        network.forward = torch.autocast(accelerator.device.type, dtype)(network.forward)
 
 
 def choose_sizes(args: argparse.Namespace) -> tuple[dict, dict | None]:
@@ -423,7 +434,7 @@ def main(argv: list[str] | None = None) -> dict[str, list[tuple[int, float]]]:
     args = parse_args(argv)
     check_args(args)
     sizes, pretrained = choose_sizes(args)
-    accelerator = start_accelerator(args)
+    accelerator = start_accelerator(args, args.gradient_accumulation)
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     accelerator.wait_for_everyone()  # the first process may have built the toy world
     set_seed(args.seed)
@@ -437,7 +448,7 @@ def main(argv: list[str] | None = None) -> dict[str, list[tuple[int, float]]]:
     if args.compile:
         model.compile_blocks()
     optimizer = adamw = torch.optim.AdamW(networks.parameter_groups(model), lr=args.max_lr, fused=device.type == "cuda")
-    networks.ready_for_deepspeed(accelerator, model, args.batch_size)
+    ready_for_deepspeed(accelerator, model, args.batch_size)
     model, optimizer = accelerator.prepare(model, optimizer)
     if not args.use_image_aug:
         targets.frozen["clip"] = targets.frozen["teacher"] = None  # all that the loop needs is on disk
@@ -445,8 +456,8 @@ def main(argv: list[str] | None = None) -> dict[str, list[tuple[int, float]]]:
     trials = [part.trials for part in sets.train]
     share = max(1, args.batch_size // len(trials))  # trials a subject: 42 = 7 x 6
     steps = data.steps_per_epoch(trials, share * len(trials), world)
-    scheduler = lr_schedule(adamw, args.lr_scheduler_type, args.max_lr, args.num_epochs,
-                            steps / args.gradient_accumulation)
+    scheduler = lr_schedule(adamw, args.lr_scheduler_type, args.max_lr, args.num_epochs, steps,
+                            args.gradient_accumulation)
     mixco_epochs = int(args.mixup_pct * args.num_epochs)
     temps = [0.] * mixco_epochs + networks.cosine_anneal(.004, .0075, args.num_epochs - mixco_epochs).tolist()
     set_seed(args.seed, device_specific=True)  # from here on each process draws its own noise

@@ -65,8 +65,8 @@ import recon
 import refine
 from evaluate import VISION
 from features import encode_all
-from model import UserError, reading, ready_for_deepspeed, run_main, torch_load
-from train import save_curves, start_accelerator
+from model import UserError, reading, run_main, torch_load
+from train import ready_for_deepspeed, save_curves, start_accelerator
 
 FLAG = "--base"
 GRID_COLUMNS = 12
