@@ -38,9 +38,33 @@ def _save(pointer, values, rows, limit, STRIDE: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def _bias(table, queries, keys, FAR: tl.constexpr):
-    """(R, C): by distance = query - key. Keys ahead count as 0; from FAR - 1 on all is one."""
-    return tl.load(table + tl.minimum(tl.maximum(queries[:, None] - keys[None, :], 0), FAR - 1))
+def _distance(queries, keys, FAR: tl.constexpr):
+    """(BM, BN): query - key. Keys ahead count as 0; from FAR - 1 on all is one."""
+    return tl.minimum(tl.maximum(queries[:, None] - keys[None, :], 0), FAR - 1)
+
+
+@triton.jit
+def _bias(table, queries, keys, part: tl.constexpr, FAR: tl.constexpr):
+    """One number for a tile whose keys are all far (part 0) or all ahead (2), else (BM, BN)."""
+    if part == 0:
+        bias = tl.load(table + FAR - 1)
+    elif part == 1:
+        bias = tl.load(table + _distance(queries, keys, FAR))
+    else:
+        bias = tl.load(table)
+    return bias
+
+
+@triton.jit
+def _part(part: tl.constexpr, second, third, end):
+    """Begin and end of one of three parts that follow each other from 0 on."""
+    if part == 0:
+        span = 0, second
+    elif part == 1:
+        span = second, third
+    else:
+        span = third, end
+    return span
 
 
 @triton.jit
@@ -78,12 +102,11 @@ def _forward(q, k, v, table, out, lse, N, M, scale, H: tl.constexpr, D: tl.const
     mean = tl.zeros([BM, D], tl.float32)
     near, ahead = _spans(first, M, BM, BN, FAR)
     for part in tl.static_range(3):
-        begin = 0 if part == 0 else (near if part == 1 else ahead)
-        end = near if part == 0 else (ahead if part == 1 else M)
+        begin, end = _part(part, near, ahead, M)
         for first_key in range(begin, end, BN):
             keys = first_key + tl.arange(0, BN)
             tile_k, tile_v = _rows(k + b * M * D, keys, M, D, D), _rows(v + b * M * D, keys, M, D, D)
-            bias = _bias(table, rows, keys, FAR) if part == 1 else tl.load(table + (FAR - 1 if part == 0 else 0))
+            bias = _bias(table, rows, keys, part, FAR)
             s = _logits(queries, tile_k, bias, keys, M, scale)
             higher = tl.maximum(top, tl.max(s, 1))
             p, shrink = tl.exp(s - higher[:, None]), tl.exp(top - higher)
@@ -107,12 +130,11 @@ def _backward_q(q, k, v, table, d_out, lse, delta, dq, N, M, scale, H: tl.conste
     total = tl.zeros([BM, D], tl.float32)
     near, ahead = _spans(first, M, BM, BN, FAR)
     for part in tl.static_range(3):
-        begin = 0 if part == 0 else (near if part == 1 else ahead)
-        end = near if part == 0 else (ahead if part == 1 else M)
+        begin, end = _part(part, near, ahead, M)
         for first_key in range(begin, end, BN):
             keys = first_key + tl.arange(0, BN)
             tile_k, tile_v = _rows(k + b * M * D, keys, M, D, D), _rows(v + b * M * D, keys, M, D, D)
-            bias = _bias(table, rows, keys, FAR) if part == 1 else tl.load(table + (FAR - 1 if part == 0 else 0))
+            bias = _bias(table, rows, keys, part, FAR)
             _, ds = _slopes(queries, tile_k, tile_v, d_outs, row_lse, row_delta, bias, keys, M, scale)
             total += tl.dot(ds.to(tile_k.dtype), tile_k)
     _save(dq + here, total * scale, rows, N, H * D, D)
@@ -131,14 +153,13 @@ def _backward_kv(q, k, v, table, d_out, lse, delta, dk, dv, N, M, scale, HEADS: 
     for h in range(group * HEADS, group * HEADS + HEADS):
         here, line, row = (b * N * H + h) * D, (b * H + h) * N, table + h * FAR
         for part in tl.static_range(3):
-            begin = 0 if part == 0 else (near if part == 1 else far)
-            end = near if part == 0 else (far if part == 1 else N)
+            begin, end = _part(part, near, far, N)
             for first in range(begin, end, BM):
                 rows = first + tl.arange(0, BM)
                 queries, d_outs = _rows(q + here, rows, N, H * D, D), _rows(d_out + here, rows, N, H * D, D)
                 row_lse = tl.load(lse + line + rows, mask=rows < N, other=float("inf"))
                 row_delta = tl.load(delta + line + rows, mask=rows < N, other=0.0)
-                bias = _bias(row, rows, keys, FAR) if part == 1 else tl.load(row + (FAR - 1 if part == 2 else 0))
+                bias = _bias(row, rows, keys, 2 - part, FAR)
                 p, ds = _slopes(queries, tile_k, tile_v, d_outs, row_lse, row_delta, bias, keys, M, scale)
                 total_v += tl.dot(tl.trans(p.to(d_outs.dtype)), d_outs)
                 total_k += tl.dot(tl.trans(ds.to(queries.dtype)), queries)
@@ -159,7 +180,7 @@ def _backward_table(q, k, v, table, d_out, lse, delta, d_table, B, N, M, scale, 
     if first_key >= ahead:
         return
     rows, keys = first + tl.arange(0, BM), first_key + tl.arange(0, BN)
-    bias = _bias(table + h * FAR, rows, keys, FAR)
+    bias = _bias(table + h * FAR, rows, keys, 1, FAR)
     total = tl.zeros([BM, BN], tl.float32)
     for b in range(B):
         here, line = (b * N * H + h) * D, (b * H + h) * N
@@ -172,8 +193,7 @@ def _backward_table(q, k, v, table, d_out, lse, delta, d_table, B, N, M, scale, 
     if first_key < near:
         tl.atomic_add(d_table + h * FAR + FAR - 1, tl.sum(total))
     else:
-        distance = tl.minimum(tl.maximum(rows[:, None] - keys[None, :], 0), FAR - 1)
-        tl.atomic_add(d_table + h * FAR + distance, total)
+        tl.atomic_add(d_table + h * FAR + _distance(rows, keys, FAR), total)
 
 
 def _options(q: Tensor, table: Tensor, registers: int) -> dict:
