@@ -9,9 +9,10 @@ model.Attention calls them on a GPU in half precision. Its plain lines do the sa
 
     torch.ops.mindeye2.attend(q (B, N, H, D), k (B, M, D), v (B, M, D), table (H, far), scale) -> (B, N, H, D), lse
 
-All contiguous; D a power of two from 16 on; table float32: the bias at distance 0, 1, .., and from far - 1 on. lse
-(B, H, N) is the logarithm of each row's sum, which the backward pass needs. The method is FlashAttention-2's (arXiv
-2307.08691): S (BM, BN) are a tile's logits, P = exp(S - lse), dS = P (dP - delta), delta = sum(dO O).
+The queries are the last N of M - 1 positions; key 0 is the null key. All contiguous; D a power of two from 16 on; table
+float32: the bias at distance 0, 1, .., and from far - 1 on. lse (B, H, N) is the logarithm of each row's sum, which the
+backward pass needs. The method is FlashAttention-2's (arXiv 2307.08691): S (BM, BN) are a tile's logits, P = exp(S -
+lse), dS = P (dP - delta), delta = sum(dO O).
 """
 
 import math
@@ -39,7 +40,7 @@ def _save(pointer, values, rows, limit, STRIDE: tl.constexpr, D: tl.constexpr):
 
 @triton.jit
 def _distance(queries, keys, FAR: tl.constexpr):
-    """(BM, BN): query - key. Keys ahead count as 0; from FAR - 1 on all is one."""
+    """(BM, BN): query - key, as positions. Keys ahead count as 0; from FAR - 1 on all is one."""
     return tl.minimum(tl.maximum(queries[:, None] - keys[None, :], 0), FAR - 1)
 
 
@@ -82,7 +83,7 @@ def _slopes(q, k, v, d_out, lse, delta, bias, keys, M, scale):
 
 @triton.jit
 def _spans(first, M, BM: tl.constexpr, BN: tl.constexpr, FAR: tl.constexpr):
-    """Where, for queries from `first` on, the tiles begin whose keys are near, and where those whose keys are ahead.
+    """For queries from position `first` on: where tiles of near keys begin, and where those of keys ahead.
 
     Before and after, one number of the table holds for the whole tile.
     """
@@ -96,17 +97,17 @@ def _forward(q, k, v, table, out, lse, N, M, scale, H: tl.constexpr, D: tl.const
     """One program: BM queries of one head and sample, over all keys, with a running maximum and sum."""
     first, b, h = tl.program_id(0) * BM, tl.program_id(1) // H, tl.program_id(1) % H
     here, table = (b * N * H + h) * D, table + h * FAR
-    rows = first + tl.arange(0, BM)
+    rows, shift = first + tl.arange(0, BM), M - 1 - N  # query i is at position i + shift
     queries = _rows(q + here, rows, N, H * D, D)
     top, total = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32)
     mean = tl.zeros([BM, D], tl.float32)
-    near, ahead = _spans(first, M, BM, BN, FAR)
+    near, ahead = _spans(first + shift, M, BM, BN, FAR)
     for part in tl.static_range(3):
         begin, end = _part(part, near, ahead, M)
         for first_key in range(begin, end, BN):
             keys = first_key + tl.arange(0, BN)
             tile_k, tile_v = _rows(k + b * M * D, keys, M, D, D), _rows(v + b * M * D, keys, M, D, D)
-            bias = _bias(table, rows, keys, part, FAR)
+            bias = _bias(table, rows + shift, keys, part, FAR)
             s = _logits(queries, tile_k, bias, keys, M, scale)
             higher = tl.maximum(top, tl.max(s, 1))
             p, shrink = tl.exp(s - higher[:, None]), tl.exp(top - higher)
@@ -123,18 +124,18 @@ def _backward_q(q, k, v, table, d_out, lse, delta, dq, N, M, scale, H: tl.conste
     """One program: dq of BM queries of one head and sample."""
     first, b, h = tl.program_id(0) * BM, tl.program_id(1) // H, tl.program_id(1) % H
     here, line, table = (b * N * H + h) * D, tl.program_id(1) * N, table + h * FAR
-    rows = first + tl.arange(0, BM)
+    rows, shift = first + tl.arange(0, BM), M - 1 - N
     queries, d_outs = _rows(q + here, rows, N, H * D, D), _rows(d_out + here, rows, N, H * D, D)
     row_lse = tl.load(lse + line + rows, mask=rows < N, other=float("inf"))
     row_delta = tl.load(delta + line + rows, mask=rows < N, other=0.0)
     total = tl.zeros([BM, D], tl.float32)
-    near, ahead = _spans(first, M, BM, BN, FAR)
+    near, ahead = _spans(first + shift, M, BM, BN, FAR)
     for part in tl.static_range(3):
         begin, end = _part(part, near, ahead, M)
         for first_key in range(begin, end, BN):
             keys = first_key + tl.arange(0, BN)
             tile_k, tile_v = _rows(k + b * M * D, keys, M, D, D), _rows(v + b * M * D, keys, M, D, D)
-            bias = _bias(table, rows, keys, part, FAR)
+            bias = _bias(table, rows + shift, keys, part, FAR)
             _, ds = _slopes(queries, tile_k, tile_v, d_outs, row_lse, row_delta, bias, keys, M, scale)
             total += tl.dot(ds.to(tile_k.dtype), tile_k)
     _save(dq + here, total * scale, rows, N, H * D, D)
@@ -148,8 +149,11 @@ def _backward_kv(q, k, v, table, d_out, lse, delta, dk, dv, N, M, scale, HEADS: 
     keys = first_key + tl.arange(0, BN)
     tile_k, tile_v = _rows(k + b * M * D, keys, M, D, D), _rows(v + b * M * D, keys, M, D, D)
     total_k, total_v = tl.zeros([BN, D], tl.float32), tl.zeros([BN, D], tl.float32)
-    near = tl.minimum((first_key + 1) // BM, tl.cdiv(N, BM)) * BM  # before it, queries that these keys are ahead of
-    far = tl.minimum(tl.maximum(tl.cdiv(first_key + BN + FAR - 2, BM) * BM, near), tl.cdiv(N, BM) * BM)
+    shift, end_of_queries = M - 1 - N, tl.cdiv(N, BM) * BM
+    # Before `near`, queries that these keys are ahead of.
+    near = tl.minimum(tl.maximum(first_key + 1 - shift, 0) // BM * BM, end_of_queries)
+    far = tl.minimum(tl.cdiv(tl.maximum(first_key + BN + FAR - 2 - shift, 0), BM) * BM, end_of_queries)
+    far = tl.maximum(far, near)
     for h in range(group * HEADS, group * HEADS + HEADS):
         here, line, row = (b * N * H + h) * D, (b * H + h) * N, table + h * FAR
         for part in tl.static_range(3):
@@ -159,7 +163,7 @@ def _backward_kv(q, k, v, table, d_out, lse, delta, dk, dv, N, M, scale, HEADS: 
                 queries, d_outs = _rows(q + here, rows, N, H * D, D), _rows(d_out + here, rows, N, H * D, D)
                 row_lse = tl.load(lse + line + rows, mask=rows < N, other=float("inf"))
                 row_delta = tl.load(delta + line + rows, mask=rows < N, other=0.0)
-                bias = _bias(row, rows, keys, 2 - part, FAR)
+                bias = _bias(row, rows + shift, keys, 2 - part, FAR)
                 p, ds = _slopes(queries, tile_k, tile_v, d_outs, row_lse, row_delta, bias, keys, M, scale)
                 total_v += tl.dot(tl.trans(p.to(d_outs.dtype)), d_outs)
                 total_k += tl.dot(tl.trans(ds.to(queries.dtype)), queries)
@@ -176,11 +180,12 @@ def _backward_table(q, k, v, table, d_out, lse, delta, d_table, B, N, M, scale, 
     Tiles of keys ahead are left out: a row of dS sums to 0, so what they add to distance 0 follows from the others.
     """
     first, first_key, h = tl.program_id(0) * BM, tl.program_id(1) * BN, tl.program_id(2)
-    near, ahead = _spans(first, M, BM, BN, FAR)
+    shift = M - 1 - N
+    near, ahead = _spans(first + shift, M, BM, BN, FAR)
     if first_key >= ahead:
         return
     rows, keys = first + tl.arange(0, BM), first_key + tl.arange(0, BN)
-    bias = _bias(table + h * FAR, rows, keys, 1, FAR)
+    bias = _bias(table + h * FAR, rows + shift, keys, 1, FAR)
     total = tl.zeros([BM, BN], tl.float32)
     for b in range(B):
         here, line = (b * N * H + h) * D, (b * H + h) * N
@@ -193,7 +198,7 @@ def _backward_table(q, k, v, table, d_out, lse, delta, d_table, B, N, M, scale, 
     if first_key < near:
         tl.atomic_add(d_table + h * FAR + FAR - 1, tl.sum(total))
     else:
-        tl.atomic_add(d_table + h * FAR + _distance(rows, keys, FAR), total)
+        tl.atomic_add(d_table + h * FAR + _distance(rows + shift, keys, FAR), total)
 
 
 def _options(q: Tensor, table: Tensor, registers: int) -> dict:

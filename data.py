@@ -49,7 +49,6 @@ import torch.nn.functional as F
 import webdataset as wds
 from braceexpand import braceexpand
 from PIL import Image, UnidentifiedImageError
-from torchvision.transforms import v2
 from tqdm import tqdm
 
 from frozen import encode_latents
@@ -494,7 +493,7 @@ def prefetch(items: Iterable, device: torch.device, n: int = 2, pin: bool = Fals
 # ---------------------------------------------------------------------------------------------------------------------
 # Targets: the frozen networks' outputs, computed once per image
 
-TARGETS_VERSION = 1  # part of every cache's key: raise it when the code that computes targets changes its output
+TARGETS_VERSION = 2  # part of every cache's key: raise it when the code that computes targets changes its output
 FILL = "run train.py with this --cache_dir, it computes what is missing."
 FLUSH_BATCHES = 16  # a killed build loses at most this many batches
 
@@ -532,7 +531,7 @@ class TargetCache:
         self.name, self.encode, self.shape = name, encode, tuple(shape)
         self.path = Path(folder) / f"{name}_{fingerprint}.npy"
         self.done_path = self.path.with_suffix(".done.npy")
-        self._targets = self._done = None
+        self._targets = self._done = self._place = None
         self.row_bytes = 2 * int(np.prod(self.shape))
 
     def _open(self, mode: str):
@@ -572,21 +571,54 @@ class TargetCache:
         if not (self.path.exists() and self.done_path.exists()):
             self._create(len(images))
         self._open("r+")
-        pending = []  # batches computed but not yet on the disk
+        batches, device = np.split(rows, range(batch_size, len(rows), batch_size)), torch.device(device)
+        pictures = prefetch(({"images": images[batch]} for batch in batches), device, pin=True)
+        pending = []  # batches computed but not yet noted as done
         try:
-            with tqdm(total=len(rows), desc=f"{self.name} targets", unit="image") as bar:
-                for batch in np.split(rows, range(batch_size, len(rows), batch_size)):
-                    targets = self.encode(images[batch].to(device), batch).half().cpu()  # (B, *shape)
-                    if not torch.isfinite(targets).all():
-                        raise UserError(f"Network '{self.name}' gives NaN or more than float16 holds in image rows "
-                                        f"{batch[0]}..{batch[-1]}: check its weights in --cache_dir.")  # fmt: skip
-                    self._targets[batch] = targets.numpy()
-                    pending.append(batch)
+            with tqdm(total=len(rows), desc=f"{self.name} targets", unit="image") as bar, ThreadPoolExecutor(1) as pool:
+                writing = pool.submit(int)  # nothing yet
+                for batch, shown in zip(batches, pictures, strict=True):
+                    targets = self.encode(shown["images"].to(device, non_blocking=True), batch).half()  # (B, *shape)
+                    targets = targets.to("cpu", non_blocking=True)
+                    copied = torch.cuda.current_stream().record_event() if device.type == "cuda" else None
+                    writing.result()  # by now the GPU has the next batch to work on
+                    writing = pool.submit(self._write, batch, targets, copied, pending)
                     bar.update(len(batch))
-                    if len(pending) == FLUSH_BATCHES:
-                        self._mark_done(pending)
+                writing.result()
         finally:
             self._mark_done(pending)
+
+    def _write(self, batch: np.ndarray, targets: torch.Tensor, copied: torch.cuda.Event | None, pending: list):
+        if copied:
+            copied.synchronize()
+        if not torch.isfinite(targets).all():
+            raise UserError(f"Network '{self.name}' gives NaN or more than float16 holds in image rows "
+                            f"{batch[0]}..{batch[-1]}: check its weights in --cache_dir.")  # fmt: skip
+        self._targets[batch] = targets.numpy()
+        pending.append(batch)
+        if len(pending) == FLUSH_BATCHES:
+            self._mark_done(pending)
+
+    def to_memory(self, indices):
+        """Read these images' targets once, in the file's order, and answer from memory from then on."""
+        rows = np.unique(np.asarray(indices, np.int64))
+        self[rows[:1]]  # all there and whole?
+        needed, free = len(rows) * self.row_bytes, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if needed > free:
+            raise UserError(f"{self.path} takes {needed:,} bytes of memory, {free:,} are free: leave out --in_memory.")
+        self._targets = self._targets[rows]  # (rows, *shape)
+        self._place = np.full(len(self._done), len(rows))
+        self._place[rows] = np.arange(len(rows))
+
+    def _announce(self, rows: np.ndarray):
+        """Ask for all rows at once: one by one, a disk would answer each page of 4 kB in its turn."""
+        if hasattr(os, "posix_fadvise"):  # Linux
+            file = os.open(self.path, os.O_RDONLY)
+            for row in rows:
+                first = self._targets.offset + int(row) * self.row_bytes
+                for start in range(first, first + self.row_bytes, 2**17):  # more at once may be cut short
+                    os.posix_fadvise(file, start, min(2**17, first + self.row_bytes - start), os.POSIX_FADV_WILLNEED)
+            os.close(file)
 
     def _mark_done(self, pending: list[np.ndarray]):
         self._targets.flush()  # targets reach the disk before the note that they did
@@ -601,30 +633,60 @@ class TargetCache:
             self._open("r")
         if not self._done[rows].all():
             raise UserError(f"{self.path} has no target of image {rows[~self._done[rows]][0]} yet: {FILL}")
+        if self._place is not None:
+            rows = self._place[rows]
+        else:
+            self._announce(rows)
         return torch.from_numpy(np.array(self._targets[rows]))  # (B, *shape)
+
+
+def turned_hue(images: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
+    """Colours (B, 3, H, W) moved along the colour wheel by turn (B, 1, 1), 1 being once around."""
+    red, green, blue = images.unbind(1)  # (B, H, W) each
+    most, chroma = images.amax(1), images.amax(1) - images.amin(1)
+    slope = chroma.clamp(min=1e-6)
+    sixth = torch.where(most == red, (green - blue) / slope, torch.where(  # where on the wheel, in sixths
+        most == green, (blue - red) / slope + 2, (red - green) / slope + 4)) + 6 * turn
+    places = [(sixth + start) % 6 for start in (5, 3, 1)]  # of red, green, blue: how far from where each is full
+    return torch.stack([most - chroma * torch.minimum(k, 4 - k).clamp(0, 1) for k in places], 1)
+
+
+def cropped(images: torch.Tensor, share: float, across: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    """A square of `share` of each image's area, resized to the whole; across, down (B,) in [0, 1] say where."""
+    side = share**.5
+    theta = torch.zeros(len(images), 2, 3, device=images.device)
+    theta[:, 0, 0] = theta[:, 1, 1] = side
+    theta[:, 0, 2], theta[:, 1, 2] = (1 - side) * (2 * across - 1), (1 - side) * (2 * down - 1)
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)  # (B, H, W, 2)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
 def augmented(images: torch.Tensor, rows, view: int) -> torch.Tensor:
     """View `view` of images (B, 3, H, W): 0 = as they are, others with colours changed and a tenth of the area cut off.
 
     The teacher of the low-level head compares an image with a changed copy of itself (the original's blur_augs). Each
-    (image, view) has its own seed, so a cache does not depend on the order in which it was filled. torchvision draws
-    from torch's global CPU generator: it is forked, and only it is seeded (torch.manual_seed would reset CUDA's too).
+    (image, view) has its own numbers, so a cache does not depend on the order in which it was filled. The batch is
+    changed at once: one by one, as torchvision does it, a GPU waits longer for this than for the teacher.
     """
     if view == 0:
         return images
-    change = v2.Compose([
-        v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
-        v2.RandomGrayscale(0.1),
-        v2.RandomSolarize(threshold=0.5, p=0.1),  # kornia, used by the original, varies the threshold by .1
-        v2.RandomResizedCrop(tuple(images.shape[-2:]), scale=(0.9, 0.9), ratio=(1.0, 1.0), antialias=True),
-    ])  # fmt: skip
-    changed = []
-    with torch.random.fork_rng(devices=[]):
-        for image, row in zip(images, rows, strict=True):
-            torch.default_generator.manual_seed(1000 * int(row) + view)
-            changed.append(change(image))  # (3, H, W)
-    return torch.stack(changed).clamp(0, 1)  # (B, 3, H, W)
+    draws = np.stack([np.random.default_rng([int(row), view]).random(9, np.float32) for row in rows])
+    draws = torch.from_numpy(draws).to(images.device)  # (B, 9)
+    recolour, bright, contrast, colour, hue, pale, solar, across, down = draws.unbind(1)  # each evenly in [0, 1]
+
+    def wide(values: torch.Tensor) -> torch.Tensor:
+        return values[:, None, None, None]  # (B, 1, 1, 1)
+
+    def grey(x: torch.Tensor) -> torch.Tensor:
+        return (x * x.new_tensor([.299, .587, .114])[:, None, None]).sum(1, keepdim=True)  # (B, 1, H, W)
+
+    x = (images * wide(.6 + .8 * bright)).clamp(0, 1)
+    x = torch.lerp(grey(x).mean((2, 3), keepdim=True), x, wide(.6 + .8 * contrast)).clamp(0, 1)
+    x = torch.lerp(grey(x), x, wide(.8 + .4 * colour)).clamp(0, 1)
+    x = torch.where(wide(recolour < .8), turned_hue(x, .2 * hue[:, None, None] - .1), images)
+    x = torch.where(wide(pale < .1), grey(x), x)
+    x = torch.where(wide(solar < .1) & (x >= .5), 1 - x, x)  # kornia, used by the original, varies the .5 by .1
+    return cropped(x, .9, across, down)  # (B, 3, H, W)
 
 
 @torch.no_grad()
@@ -675,6 +737,16 @@ def replacing(path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def replace_folder(new: Path, folder: Path):
+    """Rename `new` to `folder`. What was there is `folder`.old for a moment, and gone after."""
+    old = folder.with_name(f"{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_session_tar(path, behav, past, future, olds, start: int = 0):

@@ -28,7 +28,10 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map_only
 from tqdm import tqdm
 from transformers import AutoTokenizer, ConvNextModel, GitForCausalLM, PreTrainedTokenizerBase
 
@@ -38,6 +41,58 @@ from model import UserError, reading, torch_load
 def _frozen(network: nn.Module, device: str | torch.device, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Ready for inference. (nn.Module's own `to`: diffusers' prints a warning that means nothing here.)"""
     return nn.Module.to(network.eval().requires_grad_(False), device, dtype)
+
+
+def record(work: Callable, warm_up: int = 3) -> Callable:
+    """work(tensors), on a GPU, from the fourth call with tensors of these shapes on, as one CUDA graph.
+
+    One launch in place of thousands: at small batches a GPU waits for Python most of the time. A graph reads and writes
+    the same memory at each replay, so tensors are copied into those of the recording, and its results out of it. What
+    is no tensor must be the same at each call.
+    """
+    graphs, stream = {}, torch.cuda.Stream()
+
+    def call(*args, **kwargs) -> object:
+        given = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
+        kept = graphs.setdefault(tuple((x.shape, x.dtype) for x in given), SimpleNamespace(calls=0))
+        kept.calls += 1
+        if kept.calls <= warm_up:  # not on the main stream, as PyTorch asks
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                result = work(*args, **kwargs)
+            torch.cuda.current_stream().wait_stream(stream)
+            return result
+        if kept.calls == warm_up + 1:
+            args, kwargs = tree_map_only(Tensor, Tensor.clone, (args, kwargs))
+            kept.given = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
+            kept.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(kept.graph):
+                kept.result = work(*args, **kwargs)
+        for old, new in zip(kept.given, given, strict=True):
+            old.copy_(new)
+        kept.graph.replay()
+        return tree_map_only(Tensor, Tensor.clone, kept.result)
+    return call
+
+
+def compile_blocks(network: nn.Module) -> None:
+    """torch.compile what most of a UNet's or VAE's time goes to, by pieces: the whole would take minutes.
+
+    Compiled convolutions are faster with channels last, on an H100; the others are slower so.
+    """
+    torch._dynamo.config.recompile_limit = 64  # a block is compiled for each of its sizes; 8 is the default
+    nn.Module.to(network, memory_format=torch.channels_last)
+    for module in network.modules():
+        if isinstance(module, BasicTransformerBlock | ResnetBlock2D):
+            module.compile(dynamic=False)
+
+
+def speed_up(unet: nn.Module, *others: nn.Module, compiled: bool) -> None:
+    """On a GPU: the UNet as a CUDA graph, and with `compiled` the blocks of all of them compiled."""
+    if next(unet.parameters()).is_cuda:
+        for network in (unet, *others) if compiled else ():
+            compile_blocks(network)
+        unet.forward = record(unet.forward)
 
 
 CLIP_MEAN, CLIP_STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
@@ -75,15 +130,19 @@ class FrozenCLIP(nn.Module):
         self.seq_dim = positions - 1  # one position is the class token's, which is not used
         self.image_size = clip.visual.image_size[0]
 
+    def _see(self, images: Tensor, washed_out: bool = True) -> tuple[Tensor, Tensor]:
+        seen = clip_preprocess(images, self.image_size, washed_out)
+        return self.clip.visual(seen.to(self.clip.visual.positional_embedding.dtype))  # (B, E), (B, S, D)
+
     @torch.no_grad()
     def tokens(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, S, D): patch tokens, not projected."""
-        return self.clip.visual(clip_preprocess(images, self.image_size, self.washed_out))[1]  # (B, S, D)
+        return self._see(images, self.washed_out)[1]  # (B, S, D)
 
     @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, E) of unit length, from the same washed-out view."""
-        return F.normalize(self.clip.visual(clip_preprocess(images, self.image_size))[0], dim=-1)  # (B, E)
+        return F.normalize(self._see(images)[0], dim=-1)  # (B, E)
 
     @torch.no_grad()
     def embed_text(self, texts: list[str]) -> Tensor:
@@ -92,7 +151,7 @@ class FrozenCLIP(nn.Module):
         return self.clip.encode_text(words, normalize=True)                             # (n, E)
 
 
-def load_clip(cache_dir: str | Path, device: str | torch.device) -> FrozenCLIP:
+def load_clip(cache_dir: str | Path, device: str | torch.device, dtype: torch.dtype = torch.float32) -> FrozenCLIP:
     """CLIP from cache_dir/clip (an open_clip folder) or else ViT-bigG/14, kept in or downloaded to cache_dir.
 
     Raises UserError when it can be neither read nor downloaded.
@@ -104,7 +163,7 @@ def load_clip(cache_dir: str | Path, device: str | torch.device) -> FrozenCLIP:
     with reading(place, "--cache_dir", must_exist=False):
         clip = open_clip.create_model(name, pretrained=weights, cache_dir=str(cache_dir), require_pretrained=True)
         tokenizer = open_clip.get_tokenizer(name, cache_dir=str(cache_dir))
-    return _frozen(FrozenCLIP(clip, tokenizer), device)
+    return _frozen(FrozenCLIP(clip, tokenizer), device, dtype)
 
 
 VAE_FILE = "sd_image_var_autoenc.pth"
@@ -120,14 +179,14 @@ def read_vae(folder: Path, flag: str) -> AutoencoderKL:
         return _frozen(AutoencoderKL.from_pretrained(folder, local_files_only=True), "cpu")
 
 
-def load_vae(cache_dir: str | Path, device: str | torch.device) -> AutoencoderKL:
+def load_vae(cache_dir: str | Path, device: str | torch.device, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
     """The VAE of the blurry latents: cache_dir/vae (a diffusers folder) or the released sd_image_var_autoenc.pth.
 
     Raises UserError when neither can be read.
     """
     folder, file = Path(cache_dir) / "vae", Path(cache_dir) / VAE_FILE
     if folder.exists():
-        return _frozen(read_vae(folder, "--cache_dir"), device)
+        return _frozen(read_vae(folder, "--cache_dir"), device, dtype)
     state = torch_load(file, "--cache_dir")
     # The file is older than today's names of the attention's four linear layers.
     renames = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
@@ -136,19 +195,19 @@ def load_vae(cache_dir: str | Path, device: str | torch.device) -> AutoencoderKL
     vae = AutoencoderKL(**SD_VAE)
     with reading(file, "--cache_dir"):
         vae.load_state_dict(state)
-    return _frozen(vae, device)
+    return _frozen(vae, device, dtype)
 
 
 @torch.no_grad()
 def encode_latents(vae: AutoencoderKL, images: Tensor) -> Tensor:
     """Images (B, 3, H, W) in [0, 1] -> scaled latents (B, 4, H/8, W/8): the mode, no sampling noise."""
-    return vae.encode(2 * images - 1).latent_dist.mode() * vae.config.scaling_factor
+    return vae.encode((2 * images - 1).to(vae.dtype)).latent_dist.mode() * vae.config.scaling_factor
 
 
 @torch.no_grad()
 def decode_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     """Scaled latents (B, 4, L, L) -> images (B, 3, 8 L, 8 L) in [0, 1]."""
-    return (vae.decode(latents / vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
+    return (vae.decode((latents / vae.config.scaling_factor).to(vae.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -203,12 +262,14 @@ class FrozenTeacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        maps = self.network(normalised(images, TEACHER_MEAN, TEACHER_STD))
+        dtype = next(self.network.parameters()).dtype
+        maps = self.network(normalised(images, TEACHER_MEAN, TEACHER_STD).to(dtype))
         maps = getattr(maps, "last_hidden_state", maps)  # (B, 512, h, w)
         return maps.flatten(2).transpose(1, 2)           # (B, F, 512)
 
 
-def load_teacher(cache_dir: str | Path, device: str | torch.device) -> FrozenTeacher:
+def load_teacher(cache_dir: str | Path, device: str | torch.device,
+                 dtype: torch.dtype = torch.float32) -> FrozenTeacher:
     """The low-level teacher: cache_dir/teacher (a transformers ConvNextModel folder) or the released VICRegL file.
 
     Raises UserError when neither can be read, or when the file is of another network (the original went on silently).
@@ -217,7 +278,7 @@ def load_teacher(cache_dir: str | Path, device: str | torch.device) -> FrozenTea
     if folder.exists():
         with reading(folder, "--cache_dir"):
             network = ConvNextModel.from_pretrained(folder, local_files_only=True)
-        return _frozen(FrozenTeacher(network), device)
+        return _frozen(FrozenTeacher(network), device, dtype)
     state = torch_load(file, "--cache_dir")
     state = {name.removeprefix("module."): value for name, value in state.get("model", state).items()}
     with torch.device("meta"):
@@ -226,7 +287,7 @@ def load_teacher(cache_dir: str | Path, device: str | torch.device) -> FrozenTea
     with reading(file, "--cache_dir"):
         own = {name: state[name] for name in network.state_dict()}
         network.load_state_dict(own, assign=True)
-    return _frozen(FrozenTeacher(network), device)
+    return _frozen(FrozenTeacher(network), device, dtype)
 
 
 UNCLIP_FILE = "unclip6_epoch0_step110000.ckpt"
@@ -401,8 +462,7 @@ def load_unclip(folder: str | Path, device: str | torch.device, dtype: torch.dty
     """The image decoder (2.4): a folder in diffusers' layout -> .unet, .vae, .scheduler, .output_scale, .output_shift.
 
     A picture is clamp(x * output_scale + output_shift, 0, 1) of the VAE's output x; model_index.json may hold the
-    two numbers. dtype is the UNet's; the VAE is always float32: float16 overflows in it, and bfloat16's 8 bits would
-    show as bands in a picture. Raises UserError.
+    two numbers. dtype is the UNet's; also the VAE's, except float16, which overflows in it. Raises UserError.
     """
     folder, (_, scheduler_config) = Path(folder), unclip_configs(folder)
     with reading(folder, "--cache_dir or --unclip"):
@@ -414,7 +474,8 @@ def load_unclip(folder: str | Path, device: str | torch.device, dtype: torch.dty
     # The released decoder saw pictures in [-1, 1] as they are, the prior's targets are of washed-out ones
     # (see `clip_preprocess`): the authors' .8 x + .2, found by hand, presumably makes up for it.
     return SimpleNamespace(
-        unet=_frozen(unet, device, dtype), vae=_frozen(vae, device), scheduler=scheduler,
+        unet=_frozen(unet, device, dtype), scheduler=scheduler,
+        vae=_frozen(vae, device, torch.float32 if dtype == torch.float16 else dtype),
         output_scale=index.get("output_scale", 0.8), output_shift=index.get("output_shift", 0.2),
     )
 

@@ -61,8 +61,8 @@ def run_main(main: Callable[[], object]) -> None:
     except UserError as error:
         sentence = str(error)
     except torch.cuda.OutOfMemoryError:
-        sentence = ("the GPU ran out of memory: pass a smaller --batch_size (training: a smaller --hidden_dim; the "
-                    "decoder: --gradient_checkpointing).")
+        sentence = ("the GPU ran out of memory: pass a smaller --batch_size, in training --gradient_checkpointing, or "
+                    "set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True.")
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
@@ -78,6 +78,18 @@ def run_main(main: Callable[[], object]) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def uncast(linear: nn.Linear, x: Tensor) -> Tensor:
+    """A layer of many weights for few rows, whatever autocast says in the weights' own precision.
+
+    Reading the weights is all its work, and four fifths of the model's are in such layers: autocast would write a copy
+    of them at each step, and another of their gradients.
+    """
+    if not linear.training:  # nothing to save, and --low_memory converts weights itself
+        return linear(x)
+    with torch.autocast(x.device.type, enabled=False):
+        return linear(x.to(linear.weight.dtype))
+
+
 class RidgeRegression(nn.Module):
     """One linear layer per subject into a common space: the only part of the model that knows whose brain it is (2.1).
 
@@ -89,7 +101,7 @@ class RidgeRegression(nn.Module):
 
     def forward(self, voxels: Tensor, subject: int) -> Tensor:
         """(B, V) or (B, 1, V) z-scored voxels of one subject -> (B, h)."""
-        return self.linears[subject](voxels.flatten(1))  # (B, h)
+        return uncast(self.linears[subject], voxels.flatten(1))  # (B, h)
 
 
 def _mixer_block(width: int) -> nn.Sequential:
@@ -166,14 +178,7 @@ class Backbone(nn.Module):
     def forward(self, x: Tensor) -> SimpleNamespace:
         """x (B, h) or (B, seq_len, h) -> .backbone, .clip_voxels, .blurry_latents, .blurry_features (None if off)."""
         x = self._mix(x)                                                                  # (B, seq_len * h)
-        # Three quarters of all weights, for so few rows that reading them is all the work. Left in their own precision,
-        # they are read and nothing more; autocast would write a copy at each step, and one of their gradients.
-        if self.training:
-            with torch.autocast(x.device.type, enabled=False):
-                tokens = self.backbone_linear(x.to(self.backbone_linear.weight.dtype))    # (B, S * D)
-        else:
-            tokens = self.backbone_linear(x)                                              # (B, S * D)
-        tokens = tokens.unflatten(1, self.token_shape)                                    # (B, S, D)
+        tokens = uncast(self.backbone_linear, x).unflatten(1, self.token_shape)           # (B, S, D)
         out = SimpleNamespace(backbone=tokens, clip_voxels=self.clip_proj(tokens))        # (B, S, D) each
         out.blurry_latents = out.blurry_features = None
         if self.blurry_recon:
@@ -312,12 +317,16 @@ class Attention(nn.Module):
         self.rotary_emb = rotary_emb  # the same module in every layer, so checkpoints list `freqs` once per layer
         self.to_out = nn.Sequential(nn.Linear(heads * dim_head, dim, bias=False), LayerNorm(dim))
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], bias: Tensor) -> Tensor:
-        """x (B, N, D), rotation from RotaryEmbedding, bias (1, H, N, N + 1) or its table (H, far) -> (B, N, D)."""
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], bias: Tensor, last: int | None = None) -> Tensor:
+        """x (B, N, D), rotation from RotaryEmbedding, bias (1, H, N, N + 1) or its table (H, far) -> (B, N, D).
+
+        With `last`, only the last Q = `last` tokens look at all: -> (B, Q, D).
+        """
+        last = last or x.shape[1]
         x = self.norm(x)                                                                       # (B, N, D)
-        q = self.to_q(x).unflatten(-1, (self.heads, self.dim_head)).transpose(1, 2)            # (B, H, N, d)
+        q = self.to_q(x[:, -last:]).unflatten(-1, (self.heads, self.dim_head)).transpose(1, 2)  # (B, H, Q, d)
         k, v = self.to_kv(x)[:, None].chunk(2, -1)                                             # (B, 1, N, d) each
-        q, k = _rotate(q, rotation), _rotate(k, rotation)
+        q, k = _rotate(q, [table[-last:] for table in rotation]), _rotate(k, rotation)
         null_k, null_v = self.null_kv[:, None, None, None].expand(-1, len(x), 1, 1, -1)        # (B, 1, 1, d) each
         k, v = torch.cat((null_k, k), 2), torch.cat((null_v, v), 2)                            # (B, 1, N + 1, d)
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)  # so a logit is 16 times a cosine
@@ -325,13 +334,14 @@ class Attention(nn.Module):
             half = torch.get_autocast_dtype(q.device.type)
             spare = max(16, 1 << (self.dim_head - 1).bit_length()) - self.dim_head             # to a power of two
             q, k, v = (F.pad(t.to(half), (0, spare)).contiguous() for t in (q.transpose(1, 2), k[:, 0], v[:, 0]))
-            out = torch.ops.mindeye2.attend(q, k, v, bias, 16.0)[0][..., : self.dim_head]      # (B, N, H, d)
-            return self.to_out(out.flatten(2))                                                 # (B, N, D)
+            out = torch.ops.mindeye2.attend(q, k, v, bias, 16.0)[0][..., : self.dim_head]      # (B, Q, H, d)
+            return self.to_out(out.flatten(2))                                                 # (B, Q, D)
         # Fused kernels want a head size that is a multiple of 8; zeros change neither the dot products nor the rest.
         q, k, v = (F.pad(t, (0, -self.dim_head % 8)) for t in (q, k, v))
         k, v = k.expand(-1, self.heads, -1, -1), v.expand(-1, self.heads, -1, -1)              # (B, H, N + 1, d)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=16.0)  # (B, H, N, d)
-        return self.to_out(out[..., : self.dim_head].transpose(1, 2).flatten(2))               # (B, N, D)
+        bias = bias[..., -last:, :].to(q.dtype)                                                # (1, H, Q, N + 1)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=16.0)              # (B, H, Q, d)
+        return self.to_out(out[..., : self.dim_head].transpose(1, 2).flatten(2))               # (B, Q, D)
 
 
 class SwiGLU(nn.Module):
@@ -349,10 +359,10 @@ class PriorLayer(nn.Sequential):
         feed_forward = nn.Sequential(LayerNorm(dim), up, SwiGLU(), *unused, down)
         super().__init__(Attention(dim, dim_head, heads, rotary_emb), feed_forward)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], bias: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], bias: Tensor, last: int) -> Tensor:
         attention, feed_forward = self
-        x = x + attention(x, rotation, bias)  # (B, N, D)
-        return x + feed_forward(x)            # (B, N, D)
+        x = x[:, -last:] + attention(x, rotation, bias, last)  # (B, Q, D)
+        return x + feed_forward(x)                             # (B, Q, D)
 
 
 class PriorTransformer(nn.Module):
@@ -366,17 +376,18 @@ class PriorTransformer(nn.Module):
         self.norm = LayerNorm(dim, stable=True)
         self.project_out = nn.Linear(dim, dim, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, D) -> (B, N, D)."""
+    def forward(self, x: Tensor, last: int) -> Tensor:
+        """(B, N, D) -> the last tokens (B, last, D): nobody asks for the others, so the last layer leaves them out."""
         # A GPU in half precision makes the bias inside of the attention (attention.py).
         bias = self.rel_pos_bias.table() if fused(x.device) else self.rel_pos_bias(x.shape[1])[None]
         rotation = self.layers[0][0].rotary_emb(x.shape[1])  # (N, 32) twice
         for layer in self.layers:
+            keep = last if layer is self.layers[-1] else x.shape[1]
             if self.checkpointing and self.training:  # nothing in a layer is random: no state of random numbers to keep
-                x = checkpoint(layer, x, rotation, bias, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(layer, x, rotation, bias, keep, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = layer(x, rotation, bias)                 # (B, N, D)
-        return self.project_out(self.norm(x))                # (B, N, D)
+                x = layer(x, rotation, bias, keep)           # (B, N or last, D)
+        return self.project_out(self.norm(x))                # (B, last, D)
 
 
 class SinusoidalTime(nn.Module):
@@ -431,7 +442,7 @@ class PriorNetwork(nn.Module):
             noisy = torch.where(image_keep[:, None, None], noisy, self.null_image_embed)   # (B, S, D)
         time = self.to_time_embeds(times)[:, None]                                         # (B, 1, D)
         x = torch.cat((brain, time, noisy + self.learned_query), 1)                        # (B, 2 S + 1, D)
-        return self.causal_transformer(x)[:, -self.num_tokens :]                           # (B, S, D)
+        return self.causal_transformer(x, self.num_tokens)                                 # (B, S, D)
 
 
 class DiffusionPrior(nn.Module):
@@ -811,7 +822,7 @@ def _load_deepspeed(folder: Path, flag: str) -> dict:
         state |= content.get("frozen_param_fragments") or {}
         # Of several names for one parameter, the vectors hold only one.
         state |= {alias: state[name] for alias, name in (content.get("shared_params") or {}).items()}
-    return {"model_state_dict": state}
+    return {"model_state_dict": state, "config": content.get("run", {}).get("config", {})}
 
 
 def load_checkpoint(path: str | Path, flag: str = "--model_name") -> dict:

@@ -33,6 +33,7 @@ import json
 import shutil
 import textwrap
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -53,6 +54,7 @@ from data import (
     load_trials,
     load_voxels,
     num_voxels,
+    prefetch,
     repeats,
     replacing,
     resized,
@@ -95,6 +97,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--stimulate", nargs="+", metavar="REGION", help="instead of test images, draw what a pattern of 1 inside "
         f"REGION and 0 outside looks like (A.14), {DRAWS} times each; regions of the masks file, V1+V2 joins two")
     add("--batch_size", type=int, default=16, help="images at once, a process; 1 in the paper's code")
+    add("--compile", action=switch, default=False, help="torch.compile of the networks' blocks on a GPU: pictures in "
+        "three quarters of the time, after half a minute")
     add("--low_memory", action=switch, default=False, help="for a small GPU: MindEye2's weights in bfloat16, the "
         "two halves of guidance one after the other; 8 GB do, 12 without (README.md)")
     add("--num_images", type=int, help="images, the first by row number; None = all (1000 in the paper)")
@@ -189,6 +193,16 @@ def halve(model: MindEye2) -> MindEye2:
     return model
 
 
+def ready(model: MindEye2, args: argparse.Namespace, device: torch.device) -> MindEye2:
+    """The model on the device; on a GPU its prior, which is called 19 times, as a CUDA graph."""
+    model = (halve(model) if args.low_memory else model).to(device)
+    if device.type == "cuda":
+        if args.compile:
+            model.compile_blocks()
+        model.diffusion_prior.net.forward = frozen.record(model.diffusion_prior.net.forward)
+    return model
+
+
 def noise_of(image: int, seed: int, shapes: list[tuple[int, ...]], stream: int) -> list[Tensor]:
     """Random numbers for one picture: one tensor for each of `shapes`.
 
@@ -203,17 +217,30 @@ def noise_of(image: int, seed: int, shapes: list[tuple[int, ...]], stream: int) 
 
 
 def batch_noise(images: np.ndarray, seed: int, shapes: list[tuple[int, ...]], stream: int, device) -> list[Tensor]:
-    """`noise_of` B images, stacked: a tensor (B, ..) for each of `shapes`."""
-    return [torch.stack(part).to(device) for part in zip(*(noise_of(i, seed, shapes, stream) for i in images),
-                                                         strict=True)]
+    """`noise_of` B images, stacked: a tensor (B, ..) for each of `shapes`. Each image's by a thread of its own."""
+    with ThreadPoolExecutor() as pool:
+        drawn = pool.map(lambda image: noise_of(image, seed, shapes, stream), images)
+        return [torch.stack(part).to(device) for part in zip(*drawn, strict=True)]
+
+
+def prior_noise(tokens: tuple[int, int], brains: SimpleNamespace, rows: slice,
+                args: argparse.Namespace) -> list[Tensor]:
+    """Where the prior starts (B, S, D), and what it adds at each step (B, steps, S, D), on the CPU.
+
+    9 million numbers an image, more than half of the pass's time if the GPU waited for them: see `run_pass`.
+    """
+    return batch_noise(brains.ids[rows], args.seed, [tokens, (args.prior_steps, *tokens)], 0, "cpu")
 
 
 @torch.no_grad()
-def read_brains(model: MindEye2, ridge: int, brains: SimpleNamespace, rows: slice, args: argparse.Namespace) -> dict:
-    """Pass 1 for a batch of B images: backbones, clipvoxels, prior_out (B, S, D), blurry_latents (B, 4, L, L)."""
-    device, tokens = next(model.parameters()).device, model.backbone.token_shape
-    shapes = [tokens, (args.prior_steps, *tokens)]
-    start, steps = batch_noise(brains.ids[rows], args.seed, shapes, 0, device)  # (B, S, D), (B, steps, S, D)
+def read_brains(model: MindEye2, ridge: int, brains: SimpleNamespace, rows: slice, args: argparse.Namespace,
+                start: Tensor, steps: Tensor) -> dict:
+    """Pass 1 for a batch of B images: backbones, clipvoxels, prior_out (B, S, D), blurry_latents (B, 4, L, L).
+
+    start and steps are `prior_noise`'s.
+    """
+    device = next(model.parameters()).device
+    start, steps = start.to(device), steps.to(device)
     half = device.type == "cuda" or model.ridge.linears[0].weight.dtype == torch.bfloat16
     with torch.autocast(device.type, torch.bfloat16, enabled=half):
         brain = embed_images(model, brains.voxels, brains.positions[rows], ridge)
@@ -305,7 +332,7 @@ def draw(
 
     predict = guided(run_unet, tokens, blind_tokens, both, guidance, one_by_one)
     x = (euler if scheduler == "euler" else dpm)(predict, start, unclip.scheduler, steps)        # (B, 4, L, L)
-    pixels = vae.decode(x.float() / vae.config.scaling_factor).sample                            # (B, 3, 8 L, 8 L)
+    pixels = vae.decode((x / vae.config.scaling_factor).to(vae.dtype)).sample.float()            # (B, 3, 8 L, 8 L)
     # Scale and shift are .5 for a decoder that draws in [-1, 1]. The released one has .8 and .2, found by hand: its
     # prompts here are tokens of washed-out pictures (frozen.clip_preprocess), in its training they were of plain ones.
     return (pixels * unclip.output_scale + unclip.output_shift).clamp(0, 1)
@@ -333,9 +360,10 @@ def check_decoder(args: argparse.Namespace, token_dim: int) -> None:
 
 def load_decoder(args: argparse.Namespace, device: torch.device) -> SimpleNamespace:
     """The unCLIP decoder, and as its .clip the judge of --n_samples (None for one)."""
-    # bfloat16 halves the UNet's 10 GB.
+    # bfloat16 halves the UNet's 10 GB, and moves what the toy's VAE draws by .2 of 255 levels in the mean.
     unclip = frozen.load_unclip(args.unclip, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     unclip.vae.enable_slicing()  # one picture at a time: at 768 pixels each needs gigabytes
+    frozen.speed_up(unclip.unet, unclip.vae, compiled=args.compile)
     unclip.clip = frozen.load_clip(args.cache_dir, device) if args.n_samples > 1 else None
     return unclip
 
@@ -391,18 +419,22 @@ def open_parts(folder: Path, args: argparse.Namespace, state: PartialState, file
 
 
 def run_pass(name: str, folder: Path, batches: list[slice], state: PartialState, load: Callable, work: Callable,
-             first: str = "brain"):
-    """work(network, rows, what the pass `first` found for them) -> dict, for all batches; the processes take turns."""
+             first: str = "brain", prepare: Callable = lambda rows: ()):
+    """work(network, rows, what the pass `first` found for them) -> dict, for all batches; the processes take turns.
+
+    work also gets what prepare(rows) returns, which for a GPU is made ahead, while it works.
+    """
     todo = [i for i in range(state.process_index, len(batches), state.num_processes)
             if not (folder / f"{name}_{i:05d}.pt").exists()]
     network = load() if todo else None
     done = sum(rows.stop - rows.start for rows in batches[state.process_index :: state.num_processes])
     left = sum(batches[i].stop - batches[i].start for i in todo)
     with tqdm(total=done, initial=done - left, desc=name, unit="image", disable=not state.is_main_process) as bar:
-        for i in todo:
+        prepared = prefetch((prepare(batches[i]) for i in todo), state.device)
+        for i, ready in zip(todo, prepared, strict=True):
             found = None if name == first else torch.load(folder / f"{first}_{i:05d}.pt", weights_only=True,
                                                           mmap=True)  # a pass reads one of the brain's four tensors
-            out = work(network, batches[i], found)
+            out = work(network, batches[i], found, *ready)
             save(folder / f"{name}_{i:05d}.pt", {k: v.cpu() if isinstance(v, Tensor) else v for k, v in out.items()})
             bar.update(batches[i].stop - batches[i].start)
     del network
@@ -480,8 +512,9 @@ def main(argv: list[str] | None = None) -> dict[str, Tensor]:
     brains = stimulated_brains(args) if args.stimulate else seen_brains(args)
     fetch_released(args, state)
     model, ridge = load_model(args, num_voxels(args.data_path, args.subj))
+    tokens = model.backbone.token_shape
     if state.is_local_main_process:  # may convert the released decoder: once
-        check_decoder(args, model.backbone.token_shape[1])
+        check_decoder(args, tokens[1])
     frozen.check_files(args.cache_dir, vae=args.blurry_recon, captioner=args.captions)
     prefix = str(Path(args.evals) / args.model_name / args.model_name) + ("_stimuli" if args.stimulate else "")
     folder = Path(f"{prefix}_parts")
@@ -490,8 +523,9 @@ def main(argv: list[str] | None = None) -> dict[str, Tensor]:
     count = len(brains.ids)
     batches = [slice(first, min(first + args.batch_size, count)) for first in range(0, count, args.batch_size)]
 
-    run_pass("brain", folder, batches, state, lambda: (halve(model) if args.low_memory else model).to(device),
-             lambda net, rows, _: read_brains(net, ridge, brains, rows, args))
+    run_pass("brain", folder, batches, state, lambda: ready(model, args, device),
+             lambda net, rows, _, *noise: read_brains(net, ridge, brains, rows, args, *noise),
+             prepare=lambda rows: prior_noise(tokens, brains, rows, args))
     model, names = None, ["brain", "recons"]  # its memory is free for the next network
     if args.captions:
         run_pass("captions", folder, batches, state, lambda: frozen.load_captioner(args.cache_dir, device),

@@ -42,7 +42,6 @@ import json
 import math
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import open_clip
@@ -93,7 +92,7 @@ def train(name: str, network: nn.Module, loss_fn, device: str, scale: float = 1.
     graph = graph and device == "cuda"
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=.01, betas=(.9, .99), capturable=device == "cuda")
 
-    def step(_: SimpleNamespace) -> torch.Tensor:
+    def step() -> torch.Tensor:
         optimizer.zero_grad(set_to_none=False)
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda", cache_enabled=False):
             loss = loss_fn()
@@ -103,12 +102,12 @@ def train(name: str, network: nn.Module, loss_fn, device: str, scale: float = 1.
         torch._foreach_lerp_(average, parameters, 1 - decay)
         return loss.detach()
 
-    step = unclip.record(step) if graph else step
+    step = frozen.record(step) if graph else step
     bar = tqdm(range(total), desc=f"training {name}", mininterval=2)
     for i in bar:
         warmup, left = min(1, (i + 1) / 200), 1 - i / total
         lr.fill_(MAX_LR[name] * warmup * min(1, left / .5))  # constant, then down to 0 over the second half
-        loss = step(SimpleNamespace())
+        loss = step()
         if i % 100 == 0:
             bar.set_postfix(loss=f"{loss.item():.4f}")
     with torch.no_grad():

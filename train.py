@@ -19,8 +19,11 @@ The frozen targets (CLIP tokens, VAE latents, teacher features of each image) ar
 memory-mapped file: the loop holds no frozen network, which is most of our speed (original: 43% of each step).
 """
 import argparse
-import math
 import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -91,7 +94,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--tie_positions", action=flag, default=False,
                    help="start brain and image tokens from one position code: the prior learns sooner (model.py)")
     p.add_argument("--teacher_views", type=int, default=2,
-                   help="cached recolourings of each image for the low-level teacher (the paper: a new one each step)")
+                   help="cached recolourings of each image for the low-level teacher; 0: a new one each step, as in "
+                        "the paper, with the teacher in the loop")
+    p.add_argument("--in_memory", action=flag, default=False,
+                   help="read the cached targets into memory first, 0.9 MB an image and process: for a slow disk")
     p.add_argument("--val_sessions", type=int, default=0,
                    help="sessions after the last training session to validate on and keep best.pth by; 0: none")
     p.add_argument("--gradient_checkpointing", action=flag, default=False,
@@ -99,8 +105,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--gradient_accumulation", type=int, default=1,
                    help="batches whose gradients make one step of the optimizer; unlike a larger --batch_size, the "
                         "contrastive loss still compares within each")
+    p.add_argument("--optimizer_bits", type=int, default=32, choices=[8, 32],
+                   help="of AdamW's two numbers a weight: 8 saves 6 bytes a weight (13 GB of the paper's model) for "
+                        "small GPUs; needs pip install torchao")
     p.add_argument("--compile", action=flag, default=False,
                    help="torch.compile of the prior's layers on a GPU: faster steps, after ten seconds")
+    p.add_argument("--resume", action=flag, default=False,
+                   help="go on from last.pth if there is one, to the same weights as if never interrupted")
     p.add_argument("--train_logs", default="train_logs", help="folder of all runs")
     return p.parse_args(argv)
 
@@ -139,27 +150,36 @@ def load_data(args: argparse.Namespace) -> SimpleNamespace:
 def load_targets(args: argparse.Namespace, accelerator: Accelerator, sets: SimpleNamespace) -> SimpleNamespace:
     """The frozen networks, and what they say about every image in use (data.cache_targets)."""
     device = accelerator.device
-    frozen = {"clip": load_clip(args.cache_dir, device)}
+    dtype = torch.float16 if device.type == "cuda" else torch.float32  # the original's, and what the cache holds
+    frozen = {"clip": load_clip(args.cache_dir, device, dtype)}
     if args.blurry_recon:
-        frozen["vae"] = load_vae(args.cache_dir, device)
-        frozen["teacher"] = load_teacher(args.cache_dir, device)
+        frozen["vae"] = load_vae(args.cache_dir, device, dtype)
+        frozen["teacher"] = load_teacher(args.cache_dir, device, dtype)
     used, images = [*sets.train, sets.test] + ([sets.val] if sets.val else []), data.Images(args.data_path)
     rows = sorted({int(row) for part in used for row in part.trials.image})
     with accelerator.main_process_first():  # one process encodes, the others then find all rows done
         cached = data.cache_targets(images, args.cache_dir, rows, frozen, args.teacher_views, device)
+    if args.in_memory:
+        for cache in cached.values():
+            cache.to_memory(rows)
+    if not args.use_image_aug:  # all that the loop needs is on disk
+        frozen["clip"] = SimpleNamespace(seq_dim=frozen["clip"].seq_dim, emb_dim=frozen["clip"].emb_dim)
+        if args.teacher_views:
+            frozen.pop("teacher", None)
     return SimpleNamespace(frozen=frozen, images=images, rows=rows, **cached)
 
 
 def fetch(sets: SimpleNamespace, targets: SimpleNamespace, chosen: list[np.ndarray], args: argparse.Namespace) -> dict:
     """What one step needs, on the CPU and as it is stored; `chosen` are positions in each subject's trials.
 
-    voxels [(b_s, V_s), ..], clip (B, S, D), latents (B, 4, L, L), features (B, 1 + views, F, 512); or images.
+    voxels [(b_s, V_s), ..], clip (B, S, D), latents (B, 4, L, L), features (B, 1 + views, F, 512); images (B, 3, H, W)
+    where there is a network in the loop to look at them.
     """
     rows = np.concatenate([part.trials.image[picked] for part, picked in zip(sets.train, chosen, strict=True)])  # (B,)
     batch = {"voxels": [part.voxels[picked] for part, picked in zip(sets.train, chosen, strict=True)]}
-    if args.use_image_aug:  # recoloured pictures have no cached targets
+    if args.use_image_aug or not args.teacher_views:  # recoloured pictures have no cached targets
         batch["images"] = targets.images[rows]
-    else:
+    if not args.use_image_aug:
         batch["clip"] = targets.clip[rows]
         if args.blurry_recon:
             batch["latents"] = targets.vae[rows]
@@ -172,15 +192,19 @@ def encode(batch: dict, targets: SimpleNamespace, device: torch.device) -> dict:
     """`fetch`'s batch on the device, in float32, with features and features_aug (B, F, 512) told apart."""
     voxels = [x.to(device, non_blocking=True).float() for x in batch.pop("voxels")]
     batch = {name: x.to(device, non_blocking=True).float() for name, x in batch.items()}
-    if "images" in batch:
-        images = v2.RandomApply([v2.ColorJitter(.4, .4, .4, .1)], .3)(batch.pop("images"))
-        batch["clip"] = targets.frozen["clip"].tokens(images)
+    images, features = batch.pop("images", None), batch.pop("features", None)
+    if "clip" not in batch:  # --use_image_aug
+        images = v2.RandomApply([v2.ColorJitter(.4, .4, .4, .1)], .3)(images)
+        batch["clip"] = targets.frozen["clip"].tokens(images).float()
         if "vae" in targets.frozen:
-            batch["latents"] = encode_latents(targets.frozen["vae"], images)
-    if "features" in batch:
-        features = batch["features"]  # (B, 1 + views, F, 512)
+            batch["latents"] = encode_latents(targets.frozen["vae"], images).float()
+    if features is not None:
         batch["features"] = features[:, 0]
-        batch["features_aug"] = features[:, int(torch.randint(1, features.shape[1], ()))]  # one cached recolouring
+        if features.shape[1] > 1:  # one of the cached recolourings
+            batch["features_aug"] = features[:, int(torch.randint(1, features.shape[1], ()))]
+        else:
+            recoloured = data.augmented(images, torch.randint(2**31, (len(images),)), 1)
+            batch["features_aug"] = targets.frozen["teacher"](recoloured).float()
     return batch | {"voxels": voxels}
 
 
@@ -226,13 +250,17 @@ def low_level(out: dict, batch: dict, mix: SimpleNamespace | None) -> torch.Tens
     return l1 + .1 * networks.soft_contrastive_loss(student, teacher, recoloured, .2)
 
 
-def lr_schedule(optimizer, kind: str, max_lr: float, epochs: int, steps: int, accumulation: int = 1):
-    """OneCycle: 2 epochs up from max_lr / 25, cosine down to max_lr / 25000; AdamW's beta1 goes .95 -> .85 -> .95."""
-    total = epochs * steps // accumulation
+def lr_schedule(optimizer, kind: str, max_lr: float, epochs: int, steps: int):
+    """OneCycle: 2 epochs up from max_lr / 25, cosine down to max_lr / 25000; AdamW's beta1 goes .95 -> .85 -> .95.
+
+    An 8-bit AdamW keeps beta1 at .9: it is compiled with that number inside, and would be anew at each step.
+    """
+    total = epochs * steps
     if kind == "linear":
         return torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=total)
     return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr, total_steps=max(3, total),
-                                               pct_start=min(.5, 2 / epochs), final_div_factor=1000)
+                                               pct_start=min(.5, 2 / epochs), final_div_factor=1000,
+                                               cycle_momentum=type(optimizer) is torch.optim.AdamW)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -307,7 +335,7 @@ def save_samples(folder: Path, last: dict, targets: SimpleNamespace) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The method, top to bottom
+# Before the first step
 # ----------------------------------------------------------------------------------------------------------------------
 def check_args(args: argparse.Namespace) -> None:
     if args.data_path is None:
@@ -318,9 +346,11 @@ def check_args(args: argparse.Namespace) -> None:
     args.cache_dir = args.cache_dir or args.data_path
     if args.multi_subject and args.multisubject_ckpt:
         raise UserError("--multisubject_ckpt starts a fine-tuning: use it with --no-multi_subject.")
-    for name in ("num_epochs", "batch_size", "num_sessions", "ckpt_interval", "teacher_views", "gradient_accumulation"):
+    for name in ("num_epochs", "batch_size", "num_sessions", "ckpt_interval", "gradient_accumulation"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name}={getattr(args, name)} must be at least 1.")
+    if args.teacher_views < 0:
+        raise UserError(f"--teacher_views={args.teacher_views} must be at least 0.")
 
 
 def start_accelerator(args: argparse.Namespace, gradient_accumulation: int = 1) -> Accelerator:
@@ -376,7 +406,45 @@ def build_model(args: argparse.Namespace, sizes: dict, pretrained: dict | None, 
         model.tie_positions()
     if pretrained:
         networks.load_pretrained(model, pretrained)
+    if args.use_prior:
+        model.diffusion_prior.net.causal_transformer.checkpointing = args.gradient_checkpointing
+    if args.compile:
+        model.compile_blocks()
     return model
+
+
+def in_pieces(optimizer_class, groups: list[dict], most: int = 2**26, **options) -> torch.optim.Optimizer:
+    """An optimizer that sees each weight of more than `most` numbers as several, rows of the one.
+
+    For 78% of the model are in one layer, and torchao's AdamW holds a weight's two numbers in 32 bits for a moment.
+    """
+    whole = [p for group in groups for p in group["params"] if p.numel() > most]
+    pieces = {p: [torch.nn.Parameter(rows) for rows in p.detach().split(max(1, most // p[0].numel()))] for p in whole}
+    groups = [group | {"params": [x for p in group["params"] for x in pieces.get(p, [p])]} for group in groups]
+    optimizer = optimizer_class(groups, **options)
+
+    def share_gradients(*_) -> None:
+        for p, rows in pieces.items():
+            for piece, grad in zip(rows, p.grad.split(len(rows[0])), strict=True):
+                piece.grad = grad
+            p.grad = None  # the pieces hold it
+    optimizer.register_step_pre_hook(share_gradients)
+    return optimizer
+
+
+def eight_bit_adamw() -> type[torch.optim.Optimizer]:
+    """torchao's AdamW, whose two numbers a weight take a byte each. Raises UserError if it is not installed."""
+    try:
+        from torchao.optim import AdamW8bit  # here: it is needed for nothing else
+    except ImportError:
+        raise UserError("An 8-bit AdamW needs torchao: pip install torchao, or leave the flag out.") from None
+    return AdamW8bit
+
+
+def make_optimizer(args: argparse.Namespace, groups: list[dict], device: torch.device) -> torch.optim.Optimizer:
+    if args.optimizer_bits == 8:
+        return in_pieces(eight_bit_adamw(), groups, lr=args.max_lr)
+    return torch.optim.AdamW(groups, lr=args.max_lr, fused=device.type == "cuda")
 
 
 def step_losses(args: argparse.Namespace, accelerator: Accelerator, model, batch: dict, mixing: bool,
@@ -393,40 +461,195 @@ def step_losses(args: argparse.Namespace, accelerator: Accelerator, model, batch
     return losses
 
 
-def report(args: argparse.Namespace, accelerator: Accelerator, model, optimizer, scheduler, sets: SimpleNamespace,
-           targets: SimpleNamespace, progress: SimpleNamespace, epoch: int, step: int) -> None:
+def report(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNamespace) -> None:
     """Test, log, and write checkpoints: last.pth always, best.pth when validation retrieval is the best so far."""
-    logs = {"train/loss": torch.stack(progress.losses[-progress.steps:]).mean().item(),
-            "train/lr": scheduler.get_last_lr()[0]}
-    logs |= {f"train/{name}": value.item() for name, value in progress.parts.items()}
-    if not math.isfinite(logs["train/loss"]):
-        raise UserError(f"The loss became {logs['train/loss']} in epoch {epoch}: lower --max_lr (now {args.max_lr}). "
-                        "The checkpoint before it is kept.")
+    check_losses(args, run)
+    logs = {"train/loss": torch.stack(run.losses[-run.steps:]).mean().item(),
+            "train/lr": float(run.scheduler.get_last_lr()[0])}
+    logs |= {f"train/{name}": value.item() for name, value in run.parts.items()}
     if accelerator.is_main_process:
-        bare, folder = accelerator.unwrap_model(model), Path(args.train_logs) / args.model_name
-        progress.last = test(bare, sets.test, targets, accelerator.device)
-        logs |= {f"test/{name}": value for name, value in progress.last.items() if isinstance(value, float)}
-        state = dict(epoch=epoch, config={"backbone": bare.backbone.kind}, flags=vars(args))
-        if sets.val is not None:
-            scores = test(bare, sets.val, targets, accelerator.device)
+        bare, device = accelerator.unwrap_model(run.model), accelerator.device
+        run.last = test(bare, run.sets.test, run.targets, device)
+        logs |= {f"test/{name}": value for name, value in run.last.items() if isinstance(value, float)}
+        if run.sets.val is not None:
+            scores = test(bare, run.sets.val, run.targets, device)
             logs |= {f"val/{name}": value for name, value in scores.items() if isinstance(value, float)}
-            if scores["reciprocal_rank"] > progress.best:
-                progress.best = scores["reciprocal_rank"]
+            if scores["reciprocal_rank"] > run.best:
+                run.best = scores["reciprocal_rank"]
                 if args.ckpt_saving:
-                    networks.save_checkpoint(folder / "best.pth", bare, **state)
+                    networks.save_checkpoint(run_folder(args) / "best.pth", bare, **about(args, accelerator, run))
         for name, value in logs.items():
-            progress.history.setdefault(name, []).append((step, value))
-        if args.ckpt_saving:
-            tested = [value for _, value in progress.history.get("test/loss_prior", [])]
-            networks.save_checkpoint(
-                # DeepSpeed's optimizer: each process has a part, in classes of its own that a safe load refuses.
-                folder / "last.pth", bare,
-                optimizer_state_dict={} if accelerator.state.deepspeed_plugin else optimizer.state_dict(),
-                lr_scheduler=scheduler.state_dict(), train_losses=torch.stack(progress.losses).tolist(),
-                test_losses=tested, lrs=[value for _, value in progress.history["train/lr"]], **state)
-        progress.bar.set_postfix(loss=f"{logs['train/loss']:.2f}", retrieval=f"{progress.last['image_retrieval']:.2f}")
-    accelerator.log(logs, step=step)
+            run.history.setdefault(name, []).append((run.step, value))
+        run.bar.set_postfix(loss=f"{logs['train/loss']:.2f}", retrieval=f"{run.last['image_retrieval']:.2f}")
+    save(args, accelerator, run)
+    accelerator.log(logs, step=run.step)
     accelerator.wait_for_everyone()
+
+
+def check_losses(args: argparse.Namespace, run: SimpleNamespace) -> None:
+    """Raise UserError that tells which trials the first loss that is no number came of."""
+    bad = (~torch.stack(run.losses).isfinite()).nonzero().flatten().tolist()  # the one look at the losses an interval
+    if bad:
+        epoch, step = divmod(bad[0], run.steps)
+        picked = next(islice(run.batches(epoch), step, None))
+        rows = "; ".join(f"subject {part.trials.subject}: {', '.join(map(str, part.trials.image[chosen]))}"
+                         for part, chosen in zip(run.sets.train, picked, strict=True))
+        raise UserError(f"The loss became {run.losses[bad[0]].item()} in epoch {epoch}, step {step} (image rows of "
+                        f"{rows}): lower --max_lr (now {args.max_lr}). The checkpoint before it is kept.")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A checkpoint to go on from
+# ----------------------------------------------------------------------------------------------------------------------
+# Flags that change none of a run's numbers beyond rounding, and so may change between a kill and going on.
+FREE = {"resume", "train_logs", "data_path", "cache_dir", "multisubject_ckpt", "gradient_checkpointing", "compile",
+        "in_memory", "ckpt_interval", "ckpt_saving", "wandb_log", "wandb_project", "hidden_dim", "n_blocks",
+        "prior_depth", "prior_dim_head", "backbone"}  # these five: the model's own
+
+
+def run_folder(args: argparse.Namespace) -> Path:
+    return Path(args.train_logs) / args.model_name
+
+
+def about(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNamespace) -> dict:
+    """What a checkpoint says of the run. epoch, counted from 0, is the official name for how far it came."""
+    backbone = accelerator.unwrap_model(run.model).backbone.kind
+    return {"epoch": (run.step - 1) // run.steps, "step": run.step, "config": {"backbone": backbone},
+            "flags": vars(args) | {"processes": accelerator.num_processes}}
+
+
+def save(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNamespace) -> None:
+    """last.pth: weights, optimizer, schedule and all that was logged, in the official layout.
+
+    DeepSpeed's optimizer is in parts, one a process: they write the folder last/ in its place, DeepSpeed's own layout.
+    """
+    if not args.ckpt_saving:
+        return
+    history = {name: [value for _, value in values] for name, values in run.history.items()}
+    state = dict(lr_scheduler=run.scheduler.state_dict(), train_losses=torch.stack(run.losses).tolist(),
+                 test_losses=history.get("test/loss_prior", []), lrs=history.get("train/lr", []), history=run.history,
+                 best=run.best, **about(args, accelerator, run))
+    last = run_folder(args) / "last.pth"
+    if not accelerator.state.deepspeed_plugin and accelerator.is_main_process:
+        networks.save_checkpoint(last, accelerator.unwrap_model(run.model),
+                                 optimizer_state_dict=run.optimizer.state_dict(), **state)
+    elif accelerator.state.deepspeed_plugin:
+        run.model.save_checkpoint(str(last.parent), "last.building", client_state={"run": state}, save_latest=False)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            data.replace_folder(last.parent / "last.building", last.with_suffix(""))
+            last.unlink(missing_ok=True)  # of another run: it would be read in place of the folder
+        accelerator.wait_for_everyone()
+
+
+def resume(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNamespace) -> None:
+    """Put last.pth (or last/) in place, if there is one. Raises UserError if it is of a run that gives other numbers.
+
+    Data order and noise need no saving: they follow from seed, step and process (`seed_step`, data.epoch_batches).
+    """
+    path, bare = run_folder(args) / "last.pth", accelerator.unwrap_model(run.model)
+    if accelerator.state.deepspeed_plugin:
+        path, old = path.with_suffix(""), path.with_name("last.old")
+        with accelerator.main_process_first():
+            if old.exists() and not path.exists():  # killed between two renames
+                old.rename(path)
+    if not path.exists():
+        return
+    if accelerator.state.deepspeed_plugin:
+        with networks.reading(path, "--model_name"):
+            state = run.model.load_checkpoint(str(path.parent), path.name)[1]["run"]
+    else:
+        state = networks.torch_load(path, "--model_name")
+    now = vars(args) | {"processes": accelerator.num_processes}
+    for name, value in state.get("flags", {}).items():
+        if name not in FREE and now.get(name, value) != value:
+            raise UserError(f"{path} is of a run with --{name}={value}, not {now[name]}: pass that, or start another "
+                            "with --model_name.")
+    with networks.reading(path, "--model_name"):
+        if not accelerator.state.deepspeed_plugin:
+            bare.load_state_dict(state["model_state_dict"])
+            run.optimizer.load_state_dict(state["optimizer_state_dict"])
+        run.scheduler.load_state_dict(state["lr_scheduler"])
+        run.step, run.best = state["step"], state["best"]
+        run.history = {name: [tuple(x) for x in values] for name, values in state["history"].items()}
+        run.losses = list(torch.tensor(state["train_losses"], device=accelerator.device).unbind())
+
+
+@contextmanager
+def noting_sigterm(run: SimpleNamespace) -> Iterator[None]:
+    """SIGTERM, which slurm sends before it takes a machine away, sets run.stop instead of ending the process."""
+    before = signal.signal(signal.SIGTERM, lambda *_: setattr(run, "stop", True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def asked_to_stop(accelerator: Accelerator, run: SimpleNamespace) -> bool:
+    """Whether any process was. Several agree on it at every tenth step, as asking each other takes time."""
+    if accelerator.num_processes == 1:
+        return run.stop
+    asked = torch.tensor(float(run.stop), device=accelerator.device)
+    return run.step % 10 == 0 and accelerator.reduce(asked).item() > 0
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """All that a step draws follows from seed, step and process: a run that was killed goes on with the same."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The method, top to bottom
+# ----------------------------------------------------------------------------------------------------------------------
+def set_up(args: argparse.Namespace, accelerator: Accelerator, sizes: dict, pretrained: dict | None) -> SimpleNamespace:
+    """All that the loop needs: .sets and .targets, .model, .optimizer and .scheduler, .steps of an epoch, and .batches:
+    the trials of each step of an epoch. And what it has seen: .step, .losses of each, .history, .best, .last, .parts.
+    """
+    sets = load_data(args)
+    targets = load_targets(args, accelerator, sets)
+    model = build_model(args, sizes, pretrained, [part.voxels.shape[1] for part in sets.train], targets)
+    model.to(accelerator.device)
+    optimizer = adamw = make_optimizer(args, networks.parameter_groups(model), accelerator.device)
+    ready_for_deepspeed(accelerator, model, args.batch_size)
+    model, optimizer = accelerator.prepare(model, optimizer)
+
+    trials, rank, world = [part.trials for part in sets.train], accelerator.process_index, accelerator.num_processes
+    share = max(1, args.batch_size // len(trials))  # trials a subject: 42 = 7 x 6
+    steps = data.steps_per_epoch(trials, share * len(trials), world)
+    whole = args.gradient_accumulation  # an epoch is of whole steps of the optimizer
+    steps = max(1, steps // whole) * whole
+    scheduler = lr_schedule(adamw, args.lr_scheduler_type, args.max_lr, args.num_epochs, steps // whole)
+    return SimpleNamespace(
+        sets=sets, targets=targets, model=model, optimizer=optimizer, scheduler=scheduler, steps=steps,
+        batches=lambda epoch: data.epoch_batches(trials, share, steps, args.seed, epoch, rank, world),
+        step=0, losses=[], history={}, best=-1., last={}, parts={}, stop=False)
+
+
+def train_epoch(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNamespace, epoch: int, mixing: bool,
+                temp: float) -> None:
+    """The steps of one epoch, or what is left of it."""
+    device = accelerator.device
+    chosen = islice(run.batches(epoch), run.step - epoch * run.steps, None)
+    fetched = (fetch(run.sets, run.targets, picked, args) for picked in chosen)
+    for batch in data.prefetch(fetched, device, pin=True):
+        seed_step(args.seed, run.step, accelerator.process_index)
+        batch = encode(batch, run.targets, device)
+        run.parts = step_losses(args, accelerator, run.model, batch, mixing, temp)
+        loss = sum(run.parts.values())
+        with accelerator.accumulate(run.model):  # all of it after each --gradient_accumulation-th batch, else backward
+            accelerator.backward(loss)
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+        if accelerator.sync_gradients:
+            run.scheduler.step()
+        run.losses.append(loss.detach())
+        run.step += 1
+        run.bar.update()
+        if accelerator.sync_gradients and asked_to_stop(accelerator, run):
+            save(args, accelerator, run)
+            run.bar.close()
+            accelerator.end_training()
+            raise SystemExit(128 + signal.SIGTERM)
 
 
 def main(argv: list[str] | None = None) -> dict[str, list[tuple[int, float]]]:
@@ -435,59 +658,29 @@ def main(argv: list[str] | None = None) -> dict[str, list[tuple[int, float]]]:
     check_args(args)
     sizes, pretrained = choose_sizes(args)
     accelerator = start_accelerator(args, args.gradient_accumulation)
-    rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     accelerator.wait_for_everyone()  # the first process may have built the toy world
     set_seed(args.seed)
     torch.backends.cuda.matmul.allow_tf32 = True  # what stays float32: faster, and 3 bits finer than bfloat16
 
-    sets = load_data(args)
-    targets = load_targets(args, accelerator, sets)
-    model = build_model(args, sizes, pretrained, [part.voxels.shape[1] for part in sets.train], targets)
-    if args.use_prior:
-        model.diffusion_prior.net.causal_transformer.checkpointing = args.gradient_checkpointing
-    if args.compile:
-        model.compile_blocks()
-    optimizer = adamw = torch.optim.AdamW(networks.parameter_groups(model), lr=args.max_lr, fused=device.type == "cuda")
-    ready_for_deepspeed(accelerator, model, args.batch_size)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    if not args.use_image_aug:
-        targets.frozen["clip"] = targets.frozen["teacher"] = None  # all that the loop needs is on disk
-
-    trials = [part.trials for part in sets.train]
-    share = max(1, args.batch_size // len(trials))  # trials a subject: 42 = 7 x 6
-    steps = data.steps_per_epoch(trials, share * len(trials), world)
-    scheduler = lr_schedule(adamw, args.lr_scheduler_type, args.max_lr, args.num_epochs, steps,
-                            args.gradient_accumulation)
+    run = set_up(args, accelerator, sizes, pretrained)
+    if args.resume:
+        resume(args, accelerator, run)
     mixco_epochs = int(args.mixup_pct * args.num_epochs)
     temps = [0.] * mixco_epochs + networks.cosine_anneal(.004, .0075, args.num_epochs - mixco_epochs).tolist()
-    set_seed(args.seed, device_specific=True)  # from here on each process draws its own noise
-
     accelerator.init_trackers(args.model_name)
-    bar = tqdm(total=args.num_epochs * steps, desc=args.model_name, disable=not accelerator.is_main_process)
-    progress = SimpleNamespace(history={}, losses=[], parts={}, steps=steps, best=-1., last={}, bar=bar)
-    for epoch in range(args.num_epochs):
-        chosen = data.epoch_batches(trials, share, steps, args.seed, epoch, rank, world)
-        fetched = (fetch(sets, targets, picked, args) for picked in chosen)
-        for batch in data.prefetch(fetched, device, pin=True):
-            batch = encode(batch, targets, device)
-            progress.parts = step_losses(args, accelerator, model, batch, epoch < mixco_epochs, temps[epoch])
-            loss = sum(progress.parts.values())
-            with accelerator.accumulate(model):  # all of it after each --gradient_accumulation-th batch, else backward
-                accelerator.backward(loss)
-                optimizer.step()
-                optimizer.zero_grad()
-            if accelerator.sync_gradients:
-                scheduler.step()
-            progress.losses.append(loss.detach())
-            bar.update()
-        if epoch % args.ckpt_interval == 0 or epoch == args.num_epochs - 1:
-            report(args, accelerator, model, optimizer, scheduler, sets, targets, progress, epoch, (epoch + 1) * steps)
-    bar.close()
-    if accelerator.is_main_process:
-        save_curves(Path(args.train_logs) / args.model_name, progress.history)
-        save_samples(Path(args.train_logs) / args.model_name, progress.last, targets)
+    run.bar = tqdm(total=args.num_epochs * run.steps, initial=run.step, desc=args.model_name,
+                   disable=not accelerator.is_main_process)
+    with noting_sigterm(run):
+        for epoch in range(run.step // run.steps, args.num_epochs):
+            train_epoch(args, accelerator, run, epoch, epoch < mixco_epochs, temps[epoch])
+            if epoch % args.ckpt_interval == 0 or epoch == args.num_epochs - 1:
+                report(args, accelerator, run)
+    run.bar.close()
+    if accelerator.is_main_process and run.last:  # a finished run that is resumed has nothing new to show
+        save_curves(run_folder(args), run.history)
+        save_samples(run_folder(args), run.last, run.targets)
     accelerator.end_training()
-    return progress.history
+    return run.history
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ import gc
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -66,7 +66,7 @@ import refine
 from evaluate import VISION
 from features import encode_all
 from model import UserError, reading, run_main, torch_load
-from train import ready_for_deepspeed, save_curves, start_accelerator
+from train import eight_bit_adamw, ready_for_deepspeed, save_curves, start_accelerator
 
 FLAG = "--base"
 GRID_COLUMNS = 12
@@ -413,11 +413,7 @@ def decoder_loss(unet: nn.Module, shown: SimpleNamespace) -> Tensor:
 def make_optimizer(parameters: list[nn.Parameter], args: argparse.Namespace) -> torch.optim.Optimizer:
     if args.optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr=args.max_lr, fused=parameters[0].is_cuda, capturable=args.graph)
-    try:
-        from torchao.optim import AdamW8bit  # here: it is needed for nothing else
-    except ImportError:
-        raise UserError("--optimizer=adamw8bit needs torchao: pip install torchao, or pass adamw.") from None
-    return AdamW8bit(parameters, lr=args.max_lr, bf16_stochastic_round=args.weights == "bfloat16")
+    return eight_bit_adamw()(parameters, lr=args.max_lr, bf16_stochastic_round=args.weights == "bfloat16")
 
 
 def to_device(optimizer, device: torch.device) -> None:
@@ -437,33 +433,6 @@ def set_lr(optimizer, step: int, args: argparse.Namespace) -> float:
         else:
             group["lr"] = lr
     return lr
-
-
-def record(work: Callable[[SimpleNamespace], Tensor], warm_up: int = 3) -> Callable[[SimpleNamespace], Tensor]:
-    """work(tensors), from the fourth call on as one CUDA graph: one launch in place of thousands.
-
-    The graph reads and writes the same memory at each replay: the tensors are copied into those of the recording, and
-    what is returned is overwritten by the next call.
-    """
-    stream, graph, kept = torch.cuda.Stream(), torch.cuda.CUDAGraph(), SimpleNamespace(calls=0)
-
-    def call(shown: SimpleNamespace) -> Tensor:
-        kept.calls += 1
-        if kept.calls <= warm_up:  # not on the main stream, as PyTorch asks
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                result = work(shown)
-            torch.cuda.current_stream().wait_stream(stream)
-            return result
-        if kept.calls == warm_up + 1:
-            kept.shown = SimpleNamespace(**{name: value.clone() for name, value in vars(shown).items()})
-            with torch.cuda.graph(graph):
-                kept.result = work(kept.shown)
-        for name, value in vars(shown).items():
-            vars(kept.shown)[name].copy_(value)
-        graph.replay()
-        return kept.result
-    return call
 
 
 @torch.no_grad()
@@ -563,7 +532,7 @@ def load_state(state: Path, accelerator: Accelerator, average: list[Tensor] | No
 def save_decoder(args: argparse.Namespace, unet, vae, scheduler) -> Path:
     """The folder that recon.py --unclip reads, weights in half precision; the old one stays until the new is whole."""
     folder = run_folder(args) / "unclip"
-    building, old = folder.with_name("unclip.building"), folder.with_name("unclip.old")
+    building = folder.with_name("unclip.building")
     shutil.rmtree(building, ignore_errors=True)
     with torch.device("meta"):
         half = UNet2DConditionModel(**public(unet.config))
@@ -574,10 +543,7 @@ def save_decoder(args: argparse.Namespace, unet, vae, scheduler) -> Path:
     # Of a decoder that learned pale pictures' tokens, VAE output in [-1, 1] maps back plainly (frozen.load_unclip).
     scale = {"output_scale": .5, "output_shift": .5} if args.washed_out else {"output_scale": .8, "output_shift": .2}
     (building / "model_index.json").write_text(json.dumps(scale))
-    if folder.exists():
-        folder.rename(old)
-    building.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    data.replace_folder(building, folder)
     return folder
 
 
@@ -774,14 +740,14 @@ def set_up(args: argparse.Namespace, accelerator: Accelerator, base: SimpleNames
                           vector_dim=accelerator.unwrap_model(unet).config.projection_class_embeddings_input_dim)
     run.update = partial(update, args, accelerator, run)
     if args.graph:
-        run.update = record(run.update)
+        run.update = frozen.record(run.update)
     return run
 
 
-def update(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNamespace, shown: SimpleNamespace) -> Tensor:
-    """Forward, backward, optimizer; returns the loss ()."""
+def update(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNamespace, **shown: Tensor) -> Tensor:
+    """Forward, backward, optimizer; returns the loss (). shown is what `prepare` made."""
     with accelerator.autocast():
-        loss = decoder_loss(run.unet, shown)
+        loss = decoder_loss(run.unet, SimpleNamespace(**shown))
     accelerator.backward(loss)
     accelerator.clip_grad_norm_(run.parameters, MAX_GRAD_NORM)
     run.optimizer.step()
@@ -799,7 +765,7 @@ def train_step(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNa
     generator = torch.Generator(accelerator.device).manual_seed(int(seed[0]))
     shown = prepare(batch, run.alphas, args, run.vector_dim, generator, run.mean)
     run.lr = set_lr(run.optimizer, step, args)
-    loss = run.update(shown).clone()  # a graph's next replay overwrites it
+    loss = run.update(**vars(shown))
     if run.average is not None:
         follow(run.average, run.parameters, step, args.ema)
     return loss

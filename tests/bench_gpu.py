@@ -1,18 +1,27 @@
-"""How fast and how large is the training at the paper's size? Prints the table that README.md quotes.
+"""How fast and how large is all that runs at the paper's size? Prints the tables that README.md quotes.
 
-Random weights and data of the true sizes, in the official files. What is timed is train.py's own loop, with its loader,
-log and progress bar: all that is put in its way are two looks at the clock. Only the frozen networks are stand-ins,
-whose targets are noise of the right shape: the loop reads those from the disk and never calls a network.
+Random weights and data of the true sizes, in the official files.
 
-"original": the published code's ms / step on the same kind of card, all of it, and what its GPU worked of that.
-"floor": operations / the card's matmul rate + bytes of weights, gradients and AdamW / its copy rate, one after another.
+Training: what is timed is train.py's own loop, with its loader, log and progress bar: all that is put in its way are
+two looks at the clock. Only the frozen networks are stand-ins, whose targets are noise of the right shape: the loop
+reads those from the disk and never calls a network. "loader": what reading a batch and bringing it to the GPU takes by
+itself, from a disk whose files are not in memory. "original": the published code's ms / step on the same kind of card,
+all of it, and what its GPU worked of that. "floor": operations / the card's matmul rate + bytes of weights, gradients
+and AdamW / its copy rate, one after another.
 
-    python tests/bench_gpu.py             an NVIDIA GPU of 80 GB; five minutes
-    python tests/bench_gpu.py --tiny      the smallest sizes, on a CPU: does the script work?
+Targets: data.py's own pass over images, with the frozen networks at their true sizes, from the image file to caches in
+/dev/shm, so that it is not the disk that is measured. Pictures: tests/bench_recon.py and tests/bench_refine.py.
+
+    python tests/bench_gpu.py             an NVIDIA GPU of 80 GB; eight minutes
+    python tests/bench_gpu.py --tiny      training and targets at the smallest sizes, on a CPU: does the script work?
 """
 
 import argparse
 import gc
+import math
+import os
+import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -22,23 +31,32 @@ from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
+import open_clip
 import torch
 from accelerate import Accelerator
+from diffusers import AutoencoderKL
 from torch import nn
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 import data  # noqa: E402
+import frozen  # noqa: E402
 import train  # noqa: E402
 
-ROWS = [  # what, flags, the original's ms a step: wall time and GPU-busy (shared/reference/gpu_baseline.md)
-    ("fine-tuning, 4096 wide", "--subj=1 --hidden_dim=4096 --batch_size=24", 426, 383),
-    ("pretraining, 4096 wide", "--multi_subject --subj=8 --hidden_dim=4096 --batch_size=42", 801, 660),
+# What, flags, GB of the card, the original's ms a step: wall time and GPU-busy (shared/reference/gpu_baseline.md).
+ROWS = [
+    ("fine-tuning, 4096 wide", "--subj=1 --hidden_dim=4096 --batch_size=24", 48, 426, 383),
+    ("pretraining, 4096 wide", "--multi_subject --subj=8 --hidden_dim=4096 --batch_size=42", 48, 801, 660),
     ("pretraining, 1024 wide, no low-level head",
-     "--multi_subject --subj=8 --hidden_dim=1024 --batch_size=42 --no-blurry_recon", 375, None),
+     "--multi_subject --subj=8 --hidden_dim=1024 --batch_size=42 --no-blurry_recon", 24, 375, None),
+    ("fine-tuning, 4096 wide, `--optimizer_bits=8`",
+     "--subj=1 --hidden_dim=4096 --batch_size=24 --optimizer_bits=8", 24, 426, 383),
+    ("pretraining, 1024 wide, `--gradient_checkpointing`",
+     "--multi_subject --subj=8 --hidden_dim=1024 --batch_size=42 --gradient_checkpointing", 24, None, None),
 ]
+USABLE = 0.93  # of a card's memory: the driver and the libraries take some
 TRUE = SimpleNamespace(voxels=(15724, 14278, 15226, 13153, 13039, 17907, 12682, 14386), tokens=(256, 1664), pixels=224,
-                       latents=28, features=49, flags="", images=600)
+                       latents=28, features=49, flags="", images=1200)
 TINY = SimpleNamespace(voxels=(20,) * 8, tokens=(4, 16), pixels=16, latents=8, features=4,
                        flags="--hidden_dim=16 --prior_depth=1 --prior_dim_head=8 --batch_size=14", images=40)
 OPERATIONS = 0.78e12  # of forward and backward pass of a sample, nearly all of them the prior's (gpu_baseline.md)
@@ -77,11 +95,41 @@ def write_world(folder: Path, size: SimpleNamespace, trials: int) -> None:
         data.write_betas(data.h5_path(folder, "betas", subject), rng.standard_normal((len(table), voxels), np.float32))
 
 
+def forget_files(folder: Path) -> None:
+    """Let the next reading of the cached targets come from the disk."""
+    for path in (folder / "targets").iterdir():
+        file = os.open(path, os.O_RDONLY)
+        os.fsync(file)
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(file)
+
+
+def load_only(args: argparse.Namespace, run: SimpleNamespace, device: torch.device) -> float:
+    """Milliseconds a step that loading takes when nothing else is done: an epoch of train.train_epoch's own lines."""
+    began, chosen = time.perf_counter(), list(run.batches(0))
+    fetched = (train.fetch(run.sets, run.targets, picked, args) for picked in chosen)
+    for batch in data.prefetch(fetched, device, pin=True):
+        train.encode(batch, run.targets, device)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return 1000 * (time.perf_counter() - began) / len(chosen)
+
+
+def limit_memory(card: int) -> None:
+    """Act as a card of so many GB."""
+    if torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(0).total_memory / 2**30
+        torch.cuda.set_per_process_memory_fraction(min(1.0, USABLE * card / total))
+
+
 def measure(folder: Path, size: SimpleNamespace, flags: str, warm: int, steps: int) -> SimpleNamespace:
-    """.ms a step, .parts of it {name: ms}, GiB at the .peak and .reserved, .weights that learn, .batch."""
+    """.ms a step, .parts of it {name: ms}, GiB at the .peak and .reserved, .weights that learn, .batch.
+
+    And .loader: ms that loading takes by itself.
+    """
     gc.collect()
     cuda = torch.cuda.is_available()
-    marks, clock, found = [], [], SimpleNamespace()
+    marks, clock, found, epoch = [], [], SimpleNamespace(), train.train_epoch
 
     def mark(name: str) -> None:
         if cuda and len(clock) == 1:
@@ -97,6 +145,12 @@ def measure(folder: Path, size: SimpleNamespace, flags: str, warm: int, steps: i
             mark(after)
             return result
         return call
+
+    def first_epoch(args, accelerator, run, *rest):
+        if not hasattr(found, "loader"):
+            forget_files(folder)
+            found.loader = load_only(args, run, accelerator.device)
+        return epoch(args, accelerator, run, *rest)
 
     def losses(args, accelerator, model, batch, *rest):
         found.calls = getattr(found, "calls", 0) + 1
@@ -118,6 +172,7 @@ def measure(folder: Path, size: SimpleNamespace, flags: str, warm: int, steps: i
     with ExitStack() as stack:
         for target, name, value in (
             (train, "step_losses", losses),
+            (train, "train_epoch", first_epoch),
             (Accelerator, "backward", around(Accelerator.backward, None, "backward")),
             (torch.optim.AdamW, "step", around(torch.optim.AdamW.step, None, "AdamW")),
             (train, "load_clip", lambda *_: Frozen((seq, channels))),
@@ -157,33 +212,106 @@ def limits() -> tuple[float, float]:
     return rate(lambda: a @ b, 2 * 8192**3), rate(lambda: target.copy_(source), 2 * 2**30)
 
 
+HEAD = ("| training | batch | card | ms / step | forward, backward, AdamW, loading | loader | peak GiB (reserved) | "
+        "floor, ms | original, ms (GPU) | times as fast (GPU) |\n|---|--:|--:|--:|---|--:|--:|--:|--:|--:|")
+
+
+def training_row(number: int, folder: Path, tiny: bool, flags: str) -> SimpleNamespace | None:
+    """Measure and print a row; None if it runs out of memory."""
+    title, own, card, wall, busy = ROWS[number]
+    own = own.replace("--optimizer_bits=8", "") if tiny else f"{own} {flags}"
+    matmul, copy = (math.inf, math.inf) if tiny else limits()
+    limit_memory(card)
+    try:
+        found = measure(folder, TINY if tiny else TRUE, own, *((1, 2) if tiny else (16, 30)))
+    except torch.cuda.OutOfMemoryError as error:
+        return print(f"| {title} | | {card} GB | {error} |", flush=True)
+    floor = 1000 * (found.batch * OPERATIONS / matmul + found.weights * BYTES / copy)
+    parts = ", ".join(f"{found.parts.get(name, 0):.0f}" for name in ("forward", "backward", "AdamW", "load"))
+    original = f"{wall}{f' ({busy})' if busy else ''}" if wall else ""
+    times = f"{wall / found.ms:.1f}{f' ({busy / found.ms:.1f})' if busy else ''}" if wall else ""
+    memory = f"{found.peak:.1f} ({found.reserved:.1f})"
+    print(f"| {title} | {found.batch} | {card} GB | {found.ms:.1f} | {parts} | {found.loader:.0f} | {memory} | "
+          f"{floor:.0f} | {original} | {times} |", flush=True)
+    return found
+
+
+def training_table(folder: Path, flags: str) -> None:
+    """Each row in a process of its own: what one leaves of the memory would be the next one's to put up with."""
+    matmul, copy = limits()
+    torch.cuda.empty_cache()
+    print(f"matrix products: {matmul / 1e12:.0f} TFLOP/s, copies: {copy / 1e12:.2f} TB/s, flags {flags}\n\n{HEAD}",
+          flush=True)
+    for number, (_, _, card, *_) in enumerate(ROWS):
+        memory = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"} if card == 24 else {}  # as README.md advises
+        subprocess.run([sys.executable, __file__, f"--row={number}", f"--folder={folder}", f"--flags={flags}"],
+                       env=os.environ | memory, check=True)
+
+
+def frozen_networks(tiny: bool) -> dict[str, nn.Module]:
+    """The three whose outputs are the targets, with random weights: in half precision, as train.py loads them."""
+    if tiny:
+        return {"clip": Frozen(TINY.tokens)}
+    from bench_recon import random_weights
+    with torch.device("meta"):
+        clip = open_clip.create_model("ViT-bigG-14", device="meta")
+    del clip.transformer  # the texts' half is not asked
+    return {"clip": random_weights(lambda: frozen.FrozenCLIP(clip, None), torch.float16),
+            "vae": random_weights(lambda: AutoencoderKL(**frozen.SD_VAE), torch.float16),
+            "teacher": random_weights(lambda: frozen.FrozenTeacher(frozen.ConvNeXtTeacher()), torch.float16)}
+
+
+def targets_table(folder: Path, tiny: bool) -> dict[str, float]:
+    """Images a second of data.cache_targets' pass over all images, by network: from one file to another."""
+    images, rates, every, size = data.Images(folder), {}, 73_000, 4 if tiny else 64
+    rows, fill = np.arange(len(images)), data.TargetCache.fill
+    caches = tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").exists() else None)
+    print("\n| targets | images / s | bytes an image | of 73,000 images |\n|---|--:|--:|--:|", flush=True)
+    for name, network in frozen_networks(tiny).items():
+        def timed(cache, images, rows, *rest, name=name):
+            fill(cache, images, rows[:2 * size], *rest)  # the GPU's libraries load what they need
+            began = time.perf_counter()
+            fill(cache, images, rows, *rest)
+            rates[name] = (len(rows) - 2 * size) / (time.perf_counter() - began)
+        with mock.patch.object(data.TargetCache, "fill", timed):
+            device = "cpu" if tiny else "cuda"
+            one = data.cache_targets(images, folder, rows, {name: network}, 2, device, caches, size)[name].row_bytes
+        print(f"| {name} | {rates[name]:.0f} | {one:,} | {every / rates[name]:.0f} s, {one * every / 1e9:.1f} GB |",
+              flush=True)
+    shutil.rmtree(caches)
+    together = 1 / sum(1 / rate for rate in rates.values())
+    print(f"| all | {together:.0f} | | {every / together:.0f} s |\n", flush=True)
+    return rates
+
+
 def main(argv: list[str] | None = None) -> list[SimpleNamespace]:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--tiny", action="store_true", help="the smallest sizes, on a CPU")
     parser.add_argument("--flags", default="--compile", help="more flags of train.py, for each row")
+    parser.add_argument("--only", choices=["training", "targets", "pictures"], help="one of the parts; none: all")
+    parser.add_argument("--row", type=int, help="one of the training table, from 0, in this process; none: all")
+    parser.add_argument("--folder", help="of the data that an earlier process wrote")
     args = parser.parse_args(argv)
-    size, trials, warm, steps = (TINY, 28, 1, 2) if args.tiny else (TRUE, 340, 16, 30)
+    if args.row is not None:
+        return [training_row(args.row, Path(args.folder), args.tiny, args.flags)]
     if not args.tiny:
-        matmul, copy = limits()
-        print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: {matmul / 1e12:.0f} TFLOP/s, "
-              f"{copy / 1e12:.2f} TB/s, flags {args.flags}\n")
-    print("| training | batch | ms / step | forward, backward, AdamW, loading | peak GiB (reserved) | floor, ms | "
-          "original, ms (GPU) | times as fast (GPU) |\n|---|--:|--:|---|--:|--:|--:|--:|", flush=True)
+        print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     results = []
-    with tempfile.TemporaryDirectory() as folder:
-        write_world(Path(folder), size, trials)
-        for title, flags, wall, busy in ROWS:
-            found = measure(Path(folder), size, f"{flags} {'' if args.tiny else args.flags}", warm, steps)
-            results.append(found)
-            floor = "" if args.tiny else (
-                f"{1000 * (found.batch * OPERATIONS / matmul + found.weights * BYTES / copy):.0f}")
-            parts = ", ".join(f"{found.parts.get(name, 0):.0f}" for name in ("forward", "backward", "AdamW", "load"))
-            print(f"| {title} | {found.batch} | {found.ms:.1f} | {parts} | {found.peak:.1f} ({found.reserved:.1f}) | "
-                  f"{floor} | {wall}{f' ({busy})' if busy else ''} | {wall / found.ms:.1f}"
-                  f"{f' ({busy / found.ms:.1f})' if busy else ''} |", flush=True)
-            torch._dynamo.reset()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_world(folder, *((TINY, 28) if args.tiny else (TRUE, 340)))
+        if args.only in (None, "training") and args.tiny:
+            print(HEAD)
+            results = [training_row(number, folder, True, "") for number in range(len(ROWS))]
+        elif args.only in (None, "training"):
+            training_table(folder, args.flags)
+        if args.only in (None, "targets"):
+            targets_table(folder, args.tiny)
+    if args.only in (None, "pictures") and not args.tiny:
+        import bench_recon
+        import bench_refine
+        bench_recon.main()
+        bench_refine.main()
     return results
 
 

@@ -7,7 +7,9 @@ picture at a time, float32 weights under float16 autocast, on the same GPU in th
     python tests/bench_refine.py           an NVIDIA GPU of 40 GB or more; some two minutes
 """
 
+import gc
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,28 +38,38 @@ def prompts_pass() -> None:
     measure("prompts", 16, lambda: refine.encode(encoders, [CAPTION] * 16 + [refine.NEGATIVE]))
 
 
-def pictures_pass() -> None:
+def painter(dtype: torch.dtype) -> SimpleNamespace:
     sdxl = SimpleNamespace(scheduler=EulerDiscreteScheduler(**frozen.UNCLIP_SCHEDULER), size=768, target=1024,
-                           latent=(4, 96, 96), vae=random_weights(lambda: refine.empty_part("vae")))
+                           latent=(4, 96, 96), vae=random_weights(lambda: refine.empty_part("vae"), dtype),
+                           unet=random_weights(lambda: refine.empty_part("unet"), dtype))
     sdxl.vae.enable_slicing()
+    return sdxl
 
-    def draw(size: int, low_memory: bool = False) -> None:
+
+def pictures_pass() -> None:
+    def draw(sdxl: SimpleNamespace, size: int, flag: str = "") -> None:
         prompt = {"tokens": torch.randn(size + 1, 77, 2048), "pooled": torch.randn(size + 1, 1280)}
-        args = SimpleNamespace(seed=0, steps=25, strength=0.5, guidance=5.0, low_memory=low_memory)
-        refine.refine(sdxl, torch.rand(size, 3, 256, 256), np.arange(size), prompt, args)
+        refine.refine(sdxl, torch.rand(size, 3, 256, 256), np.arange(size), prompt, refine.parse(flag.split()))
 
-    sdxl.unet = random_weights(lambda: refine.empty_part("unet"))
+    sdxl = painter(torch.float32)
     with torch.autocast(DEVICE.type, torch.float16):
-        original = measure("refined pictures, as the original", 1, lambda: draw(1))
-    sdxl.unet = None
-    sdxl.unet = random_weights(lambda: refine.empty_part("unet"), torch.bfloat16)
-    for size in (1, 8, 16):
-        ours = measure("refined pictures, bfloat16", size, lambda size=size: draw(size))
-    measure("refined pictures, bfloat16, --low_memory", 4, lambda: draw(4, low_memory=True))
-    print(f"\nBatches of 16 against the original's loop: {original / ours:.1f} times as fast.")
+        original = measure("refined, as the original", 1, lambda: draw(sdxl, 1))
+    for flag in ("", "--compile"):
+        sdxl = None  # the memory of the one before, and its graphs
+        gc.collect()
+        sdxl = painter(torch.bfloat16)
+        frozen.speed_up(sdxl.unet, sdxl.vae, compiled=bool(flag))
+        for size in (1, 8):
+            ours = measure(f"refined {flag}", size, partial(draw, sdxl, size))
+    measure("refined --compile --low_memory", 8, lambda: draw(sdxl, 8, "--low_memory"))
+    print(f"\nBatches of 8 with --compile against the original's loop: {original / ours:.1f} times as fast.")
 
 
-if __name__ == "__main__":
+def main() -> None:
     print_head()
     prompts_pass()
     pictures_pass()
+
+
+if __name__ == "__main__":
+    main()

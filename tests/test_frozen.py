@@ -445,5 +445,6 @@ def test_the_decoders_vae_is_never_rounded(tmp_path):
     ).save_pretrained(tmp_path / "unclip" / "unet")
     m.EulerDiscreteScheduler(**m.UNCLIP_SCHEDULER).save_pretrained(tmp_path / "unclip" / "scheduler")
     unclip = m.load_unclip(tmp_path / "unclip", "cpu", torch.bfloat16)
-    assert unclip.unet.dtype == torch.bfloat16
+    assert unclip.unet.dtype == unclip.vae.dtype == torch.bfloat16
+    unclip = m.load_unclip(tmp_path / "unclip", "cpu")
     assert all(torch.equal(value, unclip.vae.state_dict()[name]) for name, value in vae.state_dict().items())

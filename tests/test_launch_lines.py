@@ -209,9 +209,9 @@ def submitted(tmp_path: Path, script: str, **environment: str) -> list[tuple[lis
 
 
 def same_training(words: list[str], line: str, subject: int, **differing: object) -> None:
-    """Do both lines ask for the same training, except for what is named?"""
+    """Do both lines ask for the same training, except for what is named? Ours also goes on after a kill."""
     ours, theirs = train.parse_args(words), train.parse_args(launched(line, subject)[1])
-    assert vars(ours) == vars(theirs) | {"data_path": "/data/nsd"} | differing
+    assert vars(ours) == vars(theirs) | {"data_path": "/data/nsd", "resume": True} | differing
 
 
 def test_pretrain(tmp_path):

@@ -225,7 +225,7 @@ results = []
 for fused in (False, True):
     model.fused = lambda device: fused
     transformer.zero_grad()
-    out = transformer(x)
+    out = transformer(x, 90)
     out.square().sum().backward()
     results.append([out.detach()] + [p.grad.clone() for p in transformer.parameters() if p.requires_grad])
 for one, two in zip(*results, strict=True):

@@ -316,7 +316,7 @@ def test_draw_with_guidance_equals_the_originals_loop(one_by_one):
         return SimpleNamespace(sample=eps + mean[:, None, None, None])
 
     unet.dtype, unet.config = torch.float32, SimpleNamespace(projection_class_embeddings_input_dim=16)
-    vae = SimpleNamespace(decode=lambda z: SimpleNamespace(sample=z))
+    vae = SimpleNamespace(dtype=torch.float32, decode=lambda z: SimpleNamespace(sample=z))
     vae.config = SimpleNamespace(scaling_factor=1, block_out_channels=[1] * 4)
     saved = diffusers.DDPMScheduler(**NOISE_LEVELS)
     unclip = SimpleNamespace(unet=unet, vae=vae, scheduler=saved, output_scale=1 / 200, output_shift=0.5)
@@ -333,7 +333,7 @@ def test_a_whole_picture_equals_the_originals():
         return SimpleNamespace(sample=eps + 0.1 * (prompt.mean((1, 2)) + class_labels.mean(1))[:, None, None, None])
 
     unet.dtype, unet.config = torch.float32, SimpleNamespace(projection_class_embeddings_input_dim=1024)
-    vae = SimpleNamespace(decode=lambda z: SimpleNamespace(sample=z[:, :3] * 0.05))
+    vae = SimpleNamespace(dtype=torch.float32, decode=lambda z: SimpleNamespace(sample=z[:, :3] * 0.05))
     vae.config = SimpleNamespace(scaling_factor=0.13025, block_out_channels=[1] * 4)
     saved = diffusers.EulerDiscreteScheduler(**NOISE_LEVELS)
     unclip = SimpleNamespace(unet=unet, vae=vae, scheduler=saved, output_scale=0.8, output_shift=0.2)

@@ -29,4 +29,4 @@ accelerate launch --config_file configs/one_gpu.yaml train.py --data_path="$DATA
     --model_name="subj0${SUBJ}_pretrained_${SESS}sess" --no-multi_subject --subj="$SUBJ" --num_sessions="$SESS" \
     --batch_size=24 --multisubject_ckpt="train_logs/${PRETRAINED}_subj0$SUBJ" \
     --max_lr=3e-4 --mixup_pct=.33 --num_epochs=150 --use_prior --prior_scale=30 --clip_scale=1 \
-    --blurry_recon --blur_scale=.5 --no-use_image_aug --n_blocks=4 --hidden_dim=4096
+    --blurry_recon --blur_scale=.5 --no-use_image_aug --n_blocks=4 --hidden_dim=4096 --resume

@@ -29,7 +29,7 @@ launch() {
         --main_process_ip "$HEAD" --main_process_port "$PORT" train.py --data_path="$DATA" \
         --model_name="multisubject_subj0$SUBJ" --multi_subject --subj="$SUBJ" --num_sessions=40 \
         --batch_size="$BATCH" --max_lr=3e-4 --mixup_pct=.33 --num_epochs=150 --use_prior --prior_scale=30 \
-        --clip_scale=1 --blurry_recon --blur_scale=.5 --no-use_image_aug --n_blocks=4 --hidden_dim=4096
+        --clip_scale=1 --blurry_recon --blur_scale=.5 --no-use_image_aug --n_blocks=4 --hidden_dim=4096 --resume
 }
 export -f launch
 srun --kill-on-bad-exit=1 bash -c launch

@@ -1,0 +1,145 @@
+"""train.py --resume: a run that was killed ends with the same weights, bit for bit, as one that never was."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_train import SMALL, arguments, run, weights
+
+import model as networks
+import train
+from model import UserError
+
+ROOT = Path(__file__).parents[1]
+# Three epochs; BiMixCo in the first, SoftCLIP after.
+FLAGS = ["--model_name=a", "--num_epochs=3", "--mixup_pct=.4", "--ckpt_interval=1", "--val_sessions=1", "--resume",
+         "--batch_size=3", *SMALL]
+
+
+class Killed(BaseException):
+    """Nothing in train.py catches it, as nothing catches SIGKILL."""
+
+
+def stop_before(monkeypatch, step: int, how) -> None:
+    """Call how() in place of that step, counted from 0, of the run."""
+    plain, losses = train.train_epoch, train.step_losses
+
+    def epoch(args, accelerator, run, *rest):
+        monkeypatch.setattr(train, "step_losses", lambda *x: how() if run.step == step else losses(*x))
+        return plain(args, accelerator, run, *rest)
+    monkeypatch.setattr(train, "train_epoch", epoch)
+
+
+def same(one: dict, two: dict) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def never_killed(smoke_world, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, run(smoke_world, folder, *FLAGS)
+
+
+def steps_an_epoch(folder: Path) -> int:
+    return len(networks.load_checkpoint(folder / "train_logs/a")["train_losses"]) // 3
+
+
+def test_killed_three_times(smoke_world, tmp_path, never_killed):
+    def killed():
+        raise Killed
+    folder, history = never_killed
+    steps = steps_an_epoch(folder)
+    assert steps >= 2
+    for step in (steps - 1, steps + 1, 2 * steps):  # before the first checkpoint, within an epoch, right after one
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+            stop_before(patch, step, killed)
+            run(smoke_world, tmp_path, *FLAGS)
+    assert run(smoke_world, tmp_path, *FLAGS) == history
+    assert same(weights(tmp_path, "a"), weights(folder, "a")) and same(weights(tmp_path, "a", "best"),
+                                                                      weights(folder, "a", "best"))
+    one, two = (networks.load_checkpoint(place / "train_logs/a") for place in (tmp_path, folder))
+    assert one["train_losses"] == two["train_losses"] and one["lrs"] == two["lrs"]
+
+
+def test_sigterm_saves_within_the_epoch(smoke_world, tmp_path, never_killed, monkeypatch):
+    folder, _ = never_killed
+    step, losses = steps_an_epoch(folder) + 1, train.step_losses
+
+    def terminated(*given):
+        if len(seen) == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        seen.append(1)
+        return losses(*given)
+    seen = []
+    monkeypatch.setattr(train, "step_losses", terminated)
+    with pytest.raises(SystemExit) as ended:
+        run(smoke_world, tmp_path, *FLAGS)
+    assert ended.value.code == 143 and len(seen) == step + 1
+    assert networks.load_checkpoint(tmp_path / "train_logs/a")["step"] == step + 1
+    run(smoke_world, tmp_path, *FLAGS)
+    assert same(weights(tmp_path, "a"), weights(folder, "a")) and len(seen) == 3 * steps_an_epoch(folder)
+
+
+def test_sigkill_while_saving_keeps_the_earlier_file(smoke_world, tmp_path, never_killed):
+    folder, _ = never_killed
+    code = """
+import os, signal, sys
+import torch
+import train
+step = train.step_losses
+def losses(*given):
+    def save(value, file):
+        file.write(b"half")
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    if os.path.exists(sys.argv[1]):
+        torch.save = save
+    return step(*given)
+train.step_losses = losses
+train.main(sys.argv[2:])
+"""
+    last = tmp_path / "train_logs/a/last.pth"
+    ended = subprocess.run([sys.executable, "-c", code, last, *arguments(smoke_world, tmp_path, *FLAGS)], cwd=ROOT,
+                           capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    assert list(last.parent.glob("*.tmp")) and networks.load_checkpoint(last)["epoch"] == 0
+    run(smoke_world, tmp_path, *FLAGS)
+    assert not list(last.parent.glob("*.tmp")) and same(weights(tmp_path, "a"), weights(folder, "a"))
+
+
+def test_without_the_flag_it_starts_over_and_a_finished_run_is_left_alone(smoke_world, tmp_path, monkeypatch):
+    flags, steps, losses = ["--model_name=a", "--num_epochs=1", *SMALL], [], train.step_losses
+    monkeypatch.setattr(train, "step_losses", lambda *given: steps.append(1) or losses(*given))
+    first = run(smoke_world, tmp_path, *flags)
+    count = len(steps)
+    assert run(smoke_world, tmp_path, *flags, "--resume") == first and len(steps) == count
+    run(smoke_world, tmp_path, *flags)
+    assert len(steps) == 2 * count
+
+
+@pytest.mark.parametrize("flag, named", [("--batch_size=7", "--batch_size=8"), ("--seed=1", "--seed=42"),
+                                         ("--num_epochs=2", "--num_epochs=1")])
+def test_another_run_is_not_gone_on_with(smoke_world, tmp_path, flag, named):
+    run(smoke_world, tmp_path, "--model_name=a", "--num_epochs=1", *SMALL)
+    with pytest.raises(UserError, match=f"last.pth is of a run with {named}"):
+        run(smoke_world, tmp_path, "--model_name=a", "--num_epochs=1", flag, "--resume", *SMALL)
+
+
+def test_a_bad_loss_names_its_trials(smoke_world, tmp_path, monkeypatch):
+    chosen, losses = [], train.step_losses
+
+    def bad(args, accelerator, model, batch, *rest):
+        out = losses(args, accelerator, model, batch, *rest)
+        return out | {"clip": out["clip"] * (float("nan") if len(chosen) >= 2 else 1)}
+    fetch = train.fetch
+    monkeypatch.setattr(train, "step_losses", bad)
+    monkeypatch.setattr(train, "fetch", lambda sets, targets, picked, args: (
+        chosen.append(sets.train[0].trials.image[picked[0]]), fetch(sets, targets, picked, args))[1])
+    with pytest.raises(UserError) as error:
+        run(smoke_world, tmp_path, "--model_name=a", "--num_epochs=2", "--batch_size=3", *SMALL)
+    assert f"subject 1: {', '.join(map(str, chosen[1]))})" in str(error.value), error.value
+    assert "epoch 0, step 1" in str(error.value) and not (tmp_path / "train_logs/a/last.pth").exists()
