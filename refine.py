@@ -64,7 +64,7 @@ from recon import (
 )
 
 SIZE = 768  # pixels at which SDXL works here: the original's, three quarters of what SDXL was made for
-STREAM = 1_000_000  # of recon.noise_of: the decoder, whose streams are 1, 2, .., drew from other noise
+STREAM = 1_000_000  # of recon.batch_noise: the decoder, whose streams are 1, 2, .., drew from other noise
 FLAG = "--cache_dir or --sdxl"
 NEGATIVE = ("painting, sketch, cartoon, render, blurry, grainy, overexposed, distorted, deformed, disfigured, "
             "bad anatomy, extra limbs, missing limbs, fused fingers, ugly face, duplicate, cropped, watermark, text")

@@ -12,9 +12,9 @@ import bench_gpu  # noqa: E402
 
 def test_training_is_timed_in_its_own_loop(capsys):
     results = bench_gpu.main(["--tiny"])
-    assert [found.batch for found in results] == [14] * 5
+    assert [found.batch for found in results] == [14] * 6
     assert all(found.ms > 0 < found.loader and found.calls == 4 for found in results)  # one to warm up, two timed
     assert results[1].weights > results[0].weights > results[2].weights  # seven ridges; no low-level head
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert rows[1].startswith("| fine-tuning, 4096 wide | 14 |") and rows[7].startswith("| clip | ")
-    assert len(rows) == 9
+    assert rows[1].startswith("| fine-tuning, 4096 wide | 14 |") and rows[8].startswith("| clip | ")
+    assert len(rows) == 10

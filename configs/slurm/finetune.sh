@@ -1,5 +1,5 @@
 #!/bin/bash
-# The paper's eight fine-tunings, an array: subjects 1, 2, 5, 7 with one session and with forty, a GPU of 80 GB each.
+# The paper's eight fine-tunings, an array: subjects 1, 2, 5, 7 with one session and with forty, a GPU of 48 GB each: four hours at most on an H100.
 #   sbatch configs/slurm/finetune.sh                       from the repository, after pretrain.sh of each subject
 #   sbatch --array=0 --dependency=afterok:JOB configs/slurm/finetune.sh        subject 1, one session, after job JOB
 #   sbatch --export=ALL,PRETRAINED=final_multisubject configs/slurm/finetune.sh        from the released models, fetched
@@ -23,7 +23,7 @@ PRETRAINED=${PRETRAINED:-multisubject}  # train_logs/${PRETRAINED}_subj0N withou
 SUBJECTS=(1 2 5 7) SESSIONS=(1 40)
 SUBJ=${SUBJECTS[SLURM_ARRAY_TASK_ID % 4]}
 SESS=${SESSIONS[SLURM_ARRAY_TASK_ID / 4]}
-export HF_HUB_OFFLINE=1
+export HF_HUB_OFFLINE=1 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True  # memory in pieces that grow: it fits 48 GB
 
 accelerate launch --config_file configs/one_gpu.yaml train.py --data_path="$DATA" \
     --model_name="subj0${SUBJ}_pretrained_${SESS}sess" --no-multi_subject --subj="$SUBJ" --num_sessions="$SESS" \

@@ -1,5 +1,5 @@
 #!/bin/bash
-# The paper's pretraining, on everybody but one subject: one node of 8 GPUs of 80 GB, a day.
+# The paper's pretraining, on everybody but one subject: one node of 8 GPUs of 48 GB or more.
 #   sbatch configs/slurm/pretrain.sh                       from the repository; subject 1 is left out
 #   sbatch --export=ALL,SUBJ=5,DATA=/data/nsd configs/slurm/pretrain.sh
 # Then configs/slurm/finetune.sh. With more nodes: pretrain_multinode.sh.
