@@ -1,5 +1,5 @@
 #!/bin/bash
-# The paper's eight fine-tunings, an array: subjects 1, 2, 5, 7 with one session and with forty, a GPU of 48 GB each: four hours at most on an H100.
+# The paper's eight fine-tunings, an array: subjects 1, 2, 5, 7 with one session and with forty, a GPU of 48 GB each.
 #   sbatch configs/slurm/finetune.sh                       from the repository, after pretrain.sh of each subject
 #   sbatch --array=0 --dependency=afterok:JOB configs/slurm/finetune.sh        subject 1, one session, after job JOB
 #   sbatch --export=ALL,PRETRAINED=final_multisubject configs/slurm/finetune.sh        from the released models, fetched
