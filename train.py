@@ -23,6 +23,7 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -34,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import TensorBoardTracker, WandBTracker
-from accelerate.utils import set_seed
+from accelerate.utils import InitProcessGroupKwargs, set_seed
 from torchvision.transforms import v2
 from tqdm import tqdm
 
@@ -373,6 +374,11 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError(f"--teacher_views={args.teacher_views} must be at least 0.")
 
 
+# How long processes wait for one: the first may encode 73,000 images, and NCCL's ten minutes would end the run. One
+# that dies is noticed long before: by the connection, or by the launcher, which ends the others within 30 seconds.
+PATIENCE = timedelta(hours=2)
+
+
 def start_accelerator(args: argparse.Namespace, gradient_accumulation: int = 1) -> Accelerator:
     """Devices and processes as `accelerate launch` says, bfloat16 on a GPU if it says nothing, and the log's places."""
     trackers = [TensorBoardTracker(args.model_name, args.train_logs)]
@@ -380,7 +386,21 @@ def start_accelerator(args: argparse.Namespace, gradient_accumulation: int = 1) 
         trackers.append(WandBTracker(args.wandb_project, name=args.model_name, config=vars(args)))
     half = "bf16" if torch.cuda.is_available() else "no"
     return Accelerator(mixed_precision=os.environ.get("ACCELERATE_MIXED_PRECISION", half), log_with=trackers,
-                       project_dir=args.train_logs, gradient_accumulation_steps=gradient_accumulation)
+                       project_dir=args.train_logs, gradient_accumulation_steps=gradient_accumulation,
+                       kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
+
+
+@contextmanager
+def naming_lost_processes(accelerator: Accelerator) -> Iterator[None]:
+    """A process that died breaks the next exchange with it: say so, in place of gloo's or NCCL's traceback."""
+    try:
+        yield
+    except RuntimeError as error:
+        broken = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+        if accelerator.num_processes == 1 or not broken:
+            raise
+        raise UserError("another process of this run has ended, so this one ends too: the launcher's report below "
+                        "tells which one and how, and --resume goes on from the last checkpoint.") from error
 
 
 def ready_for_deepspeed(accelerator: Accelerator, network: torch.nn.Module, batch_size: int) -> None:
@@ -403,7 +423,7 @@ def choose_sizes(args: argparse.Namespace) -> tuple[dict, dict | None]:
     path = Path(args.multisubject_ckpt)
     if not path.exists() and path.suffix != ".pth":  # perhaps one of the release's
         import hub  # here: most runs need no hub
-        with PartialState(cpu=not torch.cuda.is_available()).main_process_first():
+        with PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE).main_process_first():
             hub.fetch_model(path.name, path.parent, "--multisubject_ckpt")
     checkpoint = networks.load_checkpoint(path, flag="--multisubject_ckpt")
     known = networks.config_from_state_dict(checkpoint["model_state_dict"]) | checkpoint.get("config", {})
@@ -700,6 +720,12 @@ def main(argv: list[str] | None = None) -> dict[str, list[tuple[int, float]]]:
     check_args(args)
     sizes, pretrained = choose_sizes(args)
     accelerator = start_accelerator(args, args.gradient_accumulation)
+    with naming_lost_processes(accelerator):
+        return train(args, accelerator, sizes, pretrained)
+
+
+def train(args: argparse.Namespace, accelerator: Accelerator, sizes: dict, pretrained: dict | None) -> dict:
+    """The whole run; see `main`."""
     accelerator.wait_for_everyone()  # the first process may have built the toy world
     set_seed(args.seed)
     torch.autograd.set_detect_anomaly(args.detect_anomaly)

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.utils.tensorboard  # noqa: F401  before the forks, as below
+from accelerate.utils import extract_model_from_parallel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import data  # noqa: E402
@@ -75,7 +77,7 @@ def contrast_within(groups: int) -> None:
 def note_writing(folder: Path, writes: list) -> None:
     """Note each file of `folder` that this process opens to write, makes, renames or removes."""
     def hook(event, given):
-        makes = event in ("os.mkdir", "os.rename", "os.remove", "shutil.rmtree")
+        makes = event in ("os.rename", "os.remove") or event == "os.mkdir" and not os.path.exists(given[0])
         if event == "open" and isinstance(given[0], str | os.PathLike):
             makes = given[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
         if makes and str(given[0]).startswith(str(folder)):
@@ -110,6 +112,7 @@ def one_process(folder: Path, name: str, rank: int, port: int, flags: list[str])
 
 
 def main(folder: Path, names: list[str], flags: list[str]) -> None:
+    extract_model_from_parallel(torch.nn.Identity())  # accelerate imports DeepSpeed here: once, before the forks
     for name in names:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
