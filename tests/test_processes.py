@@ -69,7 +69,7 @@ def test_several_processes_learn_as_one(smoke_world, cache, tmp_path, one, sever
     size of the learning rate (up to 3e-4), so where a gradient is near zero, rounding shows: up to 4e-6 in a weight,
     and up to six steps where it is nothing else. What the flag changes is a thousand times larger: 20% of the loss.
     """
-    a, b = trained(smoke_world, cache, tmp_path, one, several)
+    b, a = trained(smoke_world, cache, tmp_path, several, one)
     assert len(a["losses"]) == 6
     np.testing.assert_allclose(b["losses"], a["losses"], rtol=2e-6)
     for name, weight in a["weights"].items():
@@ -80,8 +80,8 @@ def test_several_processes_learn_as_one(smoke_world, cache, tmp_path, one, sever
     for step, together in enumerate(a["records"][0]["trials"]):
         shares = [own[step] for own in trials]
         assert sum(shares, []) == together and len(set(together)) == 8
-    assert a["records"][0]["encoded"] > 20  # the first run fills the cache ..
-    assert all(record["encoded"] <= 1 for record in b["records"])  # .. and no other encodes more than a sample
+    assert b["records"][0]["encoded"] > 20  # one process fills the cache
+    assert all(record["encoded"] <= 1 for record in b["records"][1:] + a["records"])  # others look at a sample
     assert b["records"][0]["writes"] and not any(record["writes"] for record in b["records"][1:])
 
 
