@@ -415,13 +415,15 @@ def steps_per_epoch(trials_list: list[Trials], batch_size: int, world: int = 1) 
 
 
 def epoch_batches(
-    trials_list: list[Trials], batch_size: int, steps: int, seed: int, epoch: int, rank: int = 0, world: int = 1
+    trials_list: list[Trials], batch_size: int, steps: int, seed: int, epoch: int, rank: int = 0, world: int = 1,
+    together: bool = False,
 ) -> Iterator[list[np.ndarray]]:
     """Yield `steps` batches: for each subject, `batch_size` positions in its Trials.
 
     Trials are permuted anew by (seed, epoch, subject); every process works out the whole schedule and takes its part,
     so no trial is seen by two. A subject with too few trials goes on with a fresh permutation. No batch shows an image
-    twice, as far as that can be avoided: `separate_twins`.
+    twice, as far as that can be avoided: `separate_twins`. With `together`, nor do the batches of all processes at
+    one step, which are then those of one process with world * batch_size.
     """
     schedules = []
     for trials in trials_list:
@@ -429,7 +431,8 @@ def epoch_batches(
         needed = steps * world * batch_size
         rounds = -(-needed // len(trials))
         order = np.concatenate([rng.permutation(len(trials)) for _ in range(rounds)])[:needed]  # (steps*world*B,)
-        order = separate_twins(order.reshape(-1, batch_size), trials.image, rng)  # (steps*world, B)
+        width = world * batch_size if together else batch_size
+        order = separate_twins(order.reshape(-1, width), trials.image, rng)  # (steps*world, B), or (steps, world*B)
         schedules.append(order.reshape(steps, world, batch_size))  # (steps, world, B)
     for step in range(steps):
         yield [schedule[step, rank] for schedule in schedules]

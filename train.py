@@ -23,6 +23,8 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import TensorBoardTracker, WandBTracker
-from accelerate.utils import set_seed
+from accelerate.utils import InitProcessGroupKwargs, set_seed
 from torchvision.transforms import v2
 from tqdm import tqdm
 
@@ -105,11 +107,18 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--gradient_accumulation", type=int, default=1,
                    help="batches whose gradients make one step of the optimizer; unlike a larger --batch_size, the "
                         "contrastive loss still compares within each")
+    p.add_argument("--gather_negatives", action=flag, default=False,
+                   help="with several processes, contrast each sample with those of all, not of its own alone (the "
+                        "paper's code): N processes then learn as one with N times --batch_size. The low-level loss "
+                        "takes N^2 times the memory; one process: no effect")
     p.add_argument("--optimizer_bits", type=int, default=32, choices=[8, 32],
                    help="of AdamW's two numbers a weight: 8 saves 6 bytes a weight (13 GB of the paper's model) for "
                         "small GPUs; needs pip install torchao")
     p.add_argument("--compile", action=flag, default=False,
                    help="torch.compile of the prior's layers on a GPU: faster steps, after ten seconds")
+    p.add_argument("--detect_anomaly", action=flag, default=False,
+                   help="stop at the first operation whose gradient is NaN, and say which: to study, for it is slow; "
+                        "not in the paper")
     p.add_argument("--resume", action=flag, default=False,
                    help="go on from last.pth if there is one, to the same weights as if never interrupted")
     p.add_argument("--train_logs", default="train_logs", help="folder of all runs")
@@ -235,8 +244,20 @@ def contrast(brain: torch.Tensor, image: torch.Tensor, mix: SimpleNamespace | No
     return networks.soft_clip_loss(brain, image, temp)
 
 
-def low_level(out: dict, batch: dict, mix: SimpleNamespace | None) -> torch.Tensor:
-    """L1 to the VAE latents + .1 SoftCLIP to the teacher, place by place (paper §2.5).
+def of_all(accelerator: Accelerator, x: torch.Tensor) -> torch.Tensor:
+    """The rows of all W processes, in their order; only this one's carry a gradient, W-fold.
+
+    The loss of all rows has the gradient sum_r dL/dx_r dx_r/dw. Process r adds its own term alone, and DDP takes the
+    mean of the processes: (1/W) sum_r W dL/dx_r dx_r/dw. So nothing need be sent backwards.
+    """
+    world, rank = accelerator.num_processes, accelerator.process_index
+    rows = list(accelerator.gather(x.detach().contiguous()).chunk(world))
+    rows[rank] = x + (world - 1) * (x - x.detach()) if x.requires_grad else x  # the value of x
+    return torch.cat(rows)
+
+
+def low_level(out: dict, batch: dict, mix: SimpleNamespace | None, everyone=lambda x: x) -> torch.Tensor:
+    """L1 to the VAE latents + .1 SoftCLIP to the teacher, place by place (paper §2.5); `everyone`: `step_losses`.
 
     A mixed brain should show mixed latents. (The original mixed them only after the loss was taken.)
     """
@@ -245,7 +266,7 @@ def low_level(out: dict, batch: dict, mix: SimpleNamespace | None) -> torch.Tens
         share = mix.betas.reshape(-1, 1, 1, 1)
         latents = share * latents + (1 - share) * latents[mix.perm]
     l1 = F.l1_loss(out["blurry_latents"].float(), latents)
-    student, teacher, recoloured = (F.normalize(x.flatten(0, 1).float(), dim=-1)  # (B * F, 512)
+    student, teacher, recoloured = (F.normalize(everyone(x).flatten(0, 1).float(), dim=-1)  # (B * F, 512)
                                     for x in (out["blurry_features"], batch["features"], batch["features_aug"]))
     return l1 + .1 * networks.soft_contrastive_loss(student, teacher, recoloured, .2)
 
@@ -353,6 +374,11 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError(f"--teacher_views={args.teacher_views} must be at least 0.")
 
 
+# How long processes wait for one: the first may encode 73,000 images, and NCCL's ten minutes would end the run. One
+# that dies is noticed long before: by the connection, or by the launcher, which ends the others within 30 seconds.
+PATIENCE = timedelta(hours=2)
+
+
 def start_accelerator(args: argparse.Namespace, gradient_accumulation: int = 1) -> Accelerator:
     """Devices and processes as `accelerate launch` says, bfloat16 on a GPU if it says nothing, and the log's places."""
     trackers = [TensorBoardTracker(args.model_name, args.train_logs)]
@@ -360,7 +386,21 @@ def start_accelerator(args: argparse.Namespace, gradient_accumulation: int = 1) 
         trackers.append(WandBTracker(args.wandb_project, name=args.model_name, config=vars(args)))
     half = "bf16" if torch.cuda.is_available() else "no"
     return Accelerator(mixed_precision=os.environ.get("ACCELERATE_MIXED_PRECISION", half), log_with=trackers,
-                       project_dir=args.train_logs, gradient_accumulation_steps=gradient_accumulation)
+                       project_dir=args.train_logs, gradient_accumulation_steps=gradient_accumulation,
+                       kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
+
+
+@contextmanager
+def naming_lost_processes(accelerator: Accelerator) -> Iterator[None]:
+    """A process that died breaks the next exchange with it: say so, in place of gloo's or NCCL's traceback."""
+    try:
+        yield
+    except RuntimeError as error:
+        broken = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+        if accelerator.num_processes == 1 or not broken:
+            raise
+        raise UserError("another process of this run has ended, so this one ends too: the launcher's report below "
+                        "tells which one and how, and --resume goes on from the last checkpoint.") from error
 
 
 def ready_for_deepspeed(accelerator: Accelerator, network: torch.nn.Module, batch_size: int) -> None:
@@ -383,7 +423,7 @@ def choose_sizes(args: argparse.Namespace) -> tuple[dict, dict | None]:
     path = Path(args.multisubject_ckpt)
     if not path.exists() and path.suffix != ".pth":  # perhaps one of the release's
         import hub  # here: most runs need no hub
-        with PartialState(cpu=not torch.cuda.is_available()).main_process_first():
+        with PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE).main_process_first():
             hub.fetch_model(path.name, path.parent, "--multisubject_ckpt")
     checkpoint = networks.load_checkpoint(path, flag="--multisubject_ckpt")
     known = networks.config_from_state_dict(checkpoint["model_state_dict"]) | checkpoint.get("config", {})
@@ -449,22 +489,31 @@ def make_optimizer(args: argparse.Namespace, groups: list[dict], device: torch.d
 
 def step_losses(args: argparse.Namespace, accelerator: Accelerator, model, batch: dict, mixing: bool,
                 temp: float) -> dict[str, torch.Tensor]:
-    """One batch through the model -> its weighted losses; their sum is what gets minimised (paper eq. 1)."""
+    """One batch through the model -> its weighted losses; their sum is what gets minimised (paper eq. 1).
+
+    With --gather_negatives, `everyone` turns the rows of this process into those of all.
+    """
+    gathering = args.gather_negatives and accelerator.num_processes > 1
+    everyone = partial(of_all, accelerator) if gathering else lambda x: x
     voxels, mix = mix_subjects(batch["voxels"]) if mixing else (batch["voxels"], None)
     with accelerator.autocast():
         out = model(voxels, batch["clip"] if args.use_prior else None)
-    losses = {"clip": args.clip_scale * contrast(out["clip_voxels"], batch["clip"], mix, temp)}
+    partners = mix
+    if gathering and mix is not None:  # their positions count through the rows of all
+        perm = mix.perm + accelerator.process_index * len(mix.perm)
+        partners = SimpleNamespace(perm=everyone(perm), betas=everyone(mix.betas), select=everyone(mix.select))
+    losses = {"clip": args.clip_scale * contrast(everyone(out["clip_voxels"]), everyone(batch["clip"]), partners, temp)}
     if args.use_prior:  # mixed voxels, unmixed target, as in the original
         losses["prior"] = args.prior_scale * out["loss_prior"]
     if args.blurry_recon:
-        losses["lowlevel"] = args.blur_scale * low_level(out, batch, mix)
+        losses["lowlevel"] = args.blur_scale * low_level(out, batch, mix, everyone)
     return losses
 
 
 def report(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNamespace) -> None:
     """Test, log, and write checkpoints: last.pth always, best.pth when validation retrieval is the best so far."""
-    check_losses(args, run)
-    logs = {"train/loss": torch.stack(run.losses[-run.steps:]).mean().item(),
+    gather_losses(args, accelerator, run)
+    logs = {"train/loss": float(np.mean(run.losses[-run.steps:])),
             "train/lr": float(run.scheduler.get_last_lr()[0])}
     logs |= {f"train/{name}": value.item() for name, value in run.parts.items()}
     if accelerator.is_main_process:
@@ -486,16 +535,26 @@ def report(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNamesp
     accelerator.wait_for_everyone()
 
 
-def check_losses(args: argparse.Namespace, run: SimpleNamespace) -> None:
-    """Raise UserError that tells which trials the first loss that is no number came of."""
-    bad = (~torch.stack(run.losses).isfinite()).nonzero().flatten().tolist()  # the one look at the losses an interval
+def gather_losses(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNamespace) -> None:
+    """Move this process's run.fresh, tensors, to run.losses: numbers, each the mean of all processes.
+
+    This is the one look at the losses an interval: reading each would make a step wait for the GPU. Raises UserError,
+    in every process, that tells which trials the first loss that is no number came of.
+    """
+    if not run.fresh:
+        return
+    losses = accelerator.gather(torch.stack(run.fresh)).reshape(accelerator.num_processes, -1)  # (processes, steps)
+    bad = (~losses.T.isfinite()).nonzero().tolist()
     if bad:
-        epoch, step = divmod(bad[0], run.steps)
-        picked = next(islice(run.batches(epoch), step, None))
+        place, process = bad[0]
+        epoch, step = divmod(len(run.losses) + place, run.steps)
+        picked = next(islice(run.batches(epoch, process), step, None))
         rows = "; ".join(f"subject {part.trials.subject}: {', '.join(map(str, part.trials.image[chosen]))}"
                          for part, chosen in zip(run.sets.train, picked, strict=True))
-        raise UserError(f"The loss became {run.losses[bad[0]].item()} in epoch {epoch}, step {step} (image rows of "
+        raise UserError(f"The loss became {losses[process, place].item()} in epoch {epoch}, step {step} (image rows of "
                         f"{rows}): lower --max_lr (now {args.max_lr}). The checkpoint before it is kept.")
+    run.losses += losses.mean(0).tolist()
+    run.fresh.clear()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -503,8 +562,8 @@ def check_losses(args: argparse.Namespace, run: SimpleNamespace) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 # Flags that change none of a run's numbers beyond rounding, and so may change between a kill and going on.
 FREE = {"resume", "train_logs", "data_path", "cache_dir", "multisubject_ckpt", "gradient_checkpointing", "compile",
-        "in_memory", "ckpt_interval", "ckpt_saving", "wandb_log", "wandb_project", "hidden_dim", "n_blocks",
-        "prior_depth", "prior_dim_head", "backbone"}  # these five: the model's own
+        "in_memory", "detect_anomaly", "ckpt_interval", "ckpt_saving", "wandb_log", "wandb_project", "hidden_dim",
+        "n_blocks", "prior_depth", "prior_dim_head", "backbone"}  # these five: the model's own
 
 
 def run_folder(args: argparse.Namespace) -> Path:
@@ -526,7 +585,7 @@ def save(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNamespac
     if not args.ckpt_saving:
         return
     history = {name: [value for _, value in values] for name, values in run.history.items()}
-    state = dict(lr_scheduler=run.scheduler.state_dict(), train_losses=torch.stack(run.losses).tolist(),
+    state = dict(lr_scheduler=run.scheduler.state_dict(), train_losses=run.losses,
                  test_losses=history.get("test/loss_prior", []), lrs=history.get("train/lr", []), history=run.history,
                  best=run.best, **about(args, accelerator, run))
     last = run_folder(args) / "last.pth"
@@ -572,7 +631,7 @@ def resume(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNamesp
         run.scheduler.load_state_dict(state["lr_scheduler"])
         run.step, run.best = state["step"], state["best"]
         run.history = {name: [tuple(x) for x in values] for name, values in state["history"].items()}
-        run.losses = list(torch.tensor(state["train_losses"], device=accelerator.device).unbind())
+        run.losses = list(state["train_losses"])
 
 
 @contextmanager
@@ -603,7 +662,8 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 def set_up(args: argparse.Namespace, accelerator: Accelerator, sizes: dict, pretrained: dict | None) -> SimpleNamespace:
     """All that the loop needs: .sets and .targets, .model, .optimizer and .scheduler, .steps of an epoch, and .batches:
-    the trials of each step of an epoch. And what it has seen: .step, .losses of each, .history, .best, .last, .parts.
+    the trials of each step of an epoch. And what it has seen: .step, .losses of each, .fresh (`gather_losses`),
+    .history, .best, .last, .parts.
     """
     sets = load_data(args)
     targets = load_targets(args, accelerator, sets)
@@ -621,8 +681,9 @@ def set_up(args: argparse.Namespace, accelerator: Accelerator, sizes: dict, pret
     scheduler = lr_schedule(adamw, args.lr_scheduler_type, args.max_lr, args.num_epochs, steps // whole)
     return SimpleNamespace(
         sets=sets, targets=targets, model=model, optimizer=optimizer, scheduler=scheduler, steps=steps,
-        batches=lambda epoch: data.epoch_batches(trials, share, steps, args.seed, epoch, rank, world),
-        step=0, losses=[], history={}, best=-1., last={}, parts={}, stop=False)
+        batches=lambda epoch, process=rank: data.epoch_batches(trials, share, steps, args.seed, epoch, process, world,
+                                                               args.gather_negatives),
+        step=0, losses=[], fresh=[], history={}, best=-1., last={}, parts={}, stop=False)
 
 
 def train_epoch(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNamespace, epoch: int, mixing: bool,
@@ -634,18 +695,19 @@ def train_epoch(args: argparse.Namespace, accelerator: Accelerator, run: SimpleN
     for batch in data.prefetch(fetched, device, pin=True):
         seed_step(args.seed, run.step, accelerator.process_index)
         batch = encode(batch, run.targets, device)
-        run.parts = step_losses(args, accelerator, run.model, batch, mixing, temp)
-        loss = sum(run.parts.values())
-        with accelerator.accumulate(run.model):  # all of it after each --gradient_accumulation-th batch, else backward
+        with accelerator.accumulate(run.model):  # processes exchange gradients, and the optimizer steps, only after
+            run.parts = step_losses(args, accelerator, run.model, batch, mixing, temp)  # the last batch of a step
+            loss = sum(run.parts.values())
             accelerator.backward(loss)
             run.optimizer.step()
             run.optimizer.zero_grad()
         if accelerator.sync_gradients:
             run.scheduler.step()
-        run.losses.append(loss.detach())
+        run.fresh.append(loss.detach())
         run.step += 1
         run.bar.update()
         if accelerator.sync_gradients and asked_to_stop(accelerator, run):
+            gather_losses(args, accelerator, run)
             save(args, accelerator, run)
             run.bar.close()
             accelerator.end_training()
@@ -658,8 +720,15 @@ def main(argv: list[str] | None = None) -> dict[str, list[tuple[int, float]]]:
     check_args(args)
     sizes, pretrained = choose_sizes(args)
     accelerator = start_accelerator(args, args.gradient_accumulation)
+    with naming_lost_processes(accelerator):
+        return train(args, accelerator, sizes, pretrained)
+
+
+def train(args: argparse.Namespace, accelerator: Accelerator, sizes: dict, pretrained: dict | None) -> dict:
+    """The whole run; see `main`."""
     accelerator.wait_for_everyone()  # the first process may have built the toy world
     set_seed(args.seed)
+    torch.autograd.set_detect_anomaly(args.detect_anomaly)
     torch.backends.cuda.matmul.allow_tf32 = True  # what stays float32: faster, and 3 bits finer than bfloat16
 
     run = set_up(args, accelerator, sizes, pretrained)

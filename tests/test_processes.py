@@ -1,0 +1,207 @@
+"""train.py in several processes on a CPU: they learn as one does, share the work, and end when one dies.
+
+    python -m pytest tests/test_processes.py
+"""
+
+import json
+import os
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from test_train import ROOT, SMALL, arguments, launch, run
+
+import data
+import model as networks
+import train
+from model import UserError
+
+SIX_STEPS = ["--num_sessions=2", "--teacher_views=1", "--num_epochs=2", "--mixup_pct=.5", *SMALL]  # half with BiMixCo
+
+
+@pytest.fixture
+def cache(smoke_world, tmp_path) -> Path:
+    """A --cache_dir with the networks and no targets yet."""
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    for name in ("clip", "vae", "teacher"):
+        (folder / name).symlink_to(smoke_world / name)
+    return folder
+
+
+def trained(world, cache, folder, *names) -> list[dict]:
+    """For each of ranks.RUNS named: the checkpoint's losses and weights, and the record of each process."""
+    done = launch(folder, ROOT / "tests/ranks.py", folder, ",".join(names), f"--data_path={world}",
+                  f"--cache_dir={cache}", *SIX_STEPS)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = []
+    for name in names:
+        checkpoint = networks.load_checkpoint(folder / name)
+        records = [json.loads(path.read_text()) for path in sorted(folder.glob(f"{name} ?.json"))]
+        found.append({"losses": checkpoint["train_losses"], "weights": checkpoint["model_state_dict"],
+                      "records": records})
+    return found
+
+
+def has_no_gradient(name: str) -> bool:
+    """Biases that the next operation takes away again, so that their gradient is nothing but rounding.
+
+    The last block's GroupNorm has as many groups as channels; a key's bias adds the same to all logits of a softmax.
+    """
+    return name.endswith(("to_k.bias", "conv1.bias", "conv2.bias", "conv_shortcut.bias")) and (
+        "attentions" in name or "up_blocks.2" in name)
+
+
+@pytest.mark.parametrize("one, several", [("one", "two"), ("one", "four"), ("one of 2", "2 apart"),
+                                          ("one of 4", "4 apart")])
+def test_several_processes_learn_as_one(smoke_world, cache, tmp_path, one, several):
+    """Six steps of 8 trials: all losses and weights, of one process and of several that share each step's trials.
+
+    With --gather_negatives ("two", "four") they equal one process as it is, without it ("apart") one whose contrastive
+    losses are means over parts of its batch. What a step draws depends on the trial, not on the process (ranks.py).
+
+    Sums in another order differ by rounding: 2e-7 of the loss. AdamW's first steps have the gradient's sign and the
+    size of the learning rate (up to 3e-4), so where a gradient is near zero, rounding shows: up to 4e-6 in a weight,
+    and up to six steps where it is nothing else. What the flag changes is a thousand times larger: 20% of the loss.
+    """
+    b, a = trained(smoke_world, cache, tmp_path, several, one)
+    assert len(a["losses"]) == 6
+    np.testing.assert_allclose(b["losses"], a["losses"], rtol=2e-6)
+    for name, weight in a["weights"].items():
+        most = 6 * 2 * 3e-4 if has_no_gradient(name) else 2e-5
+        assert (b["weights"][name] - weight).abs().max() <= most, name
+
+    trials = [record["trials"] for record in b["records"]]  # (processes, steps, trials)
+    for step, together in enumerate(a["records"][0]["trials"]):
+        shares = [own[step] for own in trials]
+        assert sum(shares, []) == together and len(set(together)) == 8
+    assert b["records"][0]["encoded"] > 20  # one process fills the cache
+    assert all(record["encoded"] <= 1 for record in b["records"][1:] + a["records"])  # others look at a sample
+    assert b["records"][0]["writes"] and not any(record["writes"] for record in b["records"][1:])
+
+
+def test_batches_of_all_processes_show_no_image_twice():
+    trials = data.Trials(1, np.arange(24) // 2, np.arange(24), np.ones(24, int))
+
+    def steps(**flags):
+        ranks = [list(data.epoch_batches([trials], 4, 3, 0, 0, rank, 2, **flags)) for rank in range(2)]
+        return [np.concatenate([chosen for rank in ranks for chosen in rank[step]]) for step in range(3)]
+    assert all(len(set(trials.image[chosen])) == 8 for chosen in steps(together=True))
+    assert not all(len(set(trials.image[chosen])) == 8 for chosen in steps())
+
+
+def test_a_bad_loss_of_another_process_stops_all():
+    """Else the first process would save weights that a gradient of the second has spoilt."""
+    trials, losses = data.Trials(3, np.arange(10, 16), np.arange(6), np.ones(6, int)), torch.tensor([5., 7.])
+    two = SimpleNamespace(num_processes=2, gather=lambda own: torch.cat((own, losses)))
+    run = SimpleNamespace(steps=3, losses=[9.], fresh=[torch.tensor(1.), torch.tensor(2.)],
+                          batches=lambda epoch, process: iter([[np.array([3 * process + step])] for step in range(3)]),
+                          sets=SimpleNamespace(train=[SimpleNamespace(trials=trials)]))
+    args = train.parse_args([])
+    train.gather_losses(args, two, run)
+    assert run.losses == [9, 3, 4.5] and not run.fresh
+    run.losses, run.fresh, losses[1] = [9.], [torch.tensor(1.), torch.tensor(2.)], torch.nan
+    with pytest.raises(UserError, match=r"nan in epoch 0, step 2 \(image rows of subject 3: 15\)"):
+        train.gather_losses(args, two, run)
+
+
+def test_gradients_are_exchanged_once_a_step_of_the_optimizer(smoke_world, tmp_path, monkeypatch):
+    """DDP decides in forward whether the next backward exchanges gradients: so forward must be where it is told not to.
+    """
+    alone, seen, losses = [], [], train.step_losses
+
+    @contextmanager
+    def no_sync(self, model):
+        alone.append(1)
+        yield
+        alone.pop()
+    monkeypatch.setattr(Accelerator, "no_sync", no_sync)
+    monkeypatch.setattr(train, "step_losses", lambda *given: seen.append(len(alone)) or losses(*given))
+    run(smoke_world, tmp_path, "--num_epochs=1", "--batch_size=3", "--gradient_accumulation=2", "--no-ckpt_saving",
+        *SMALL)
+    assert seen == [1, 0] * (len(seen) // 2) and seen
+
+
+# ---- a process dies
+
+DYING = f"""
+import os, signal, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import model, train
+step, folder, rank = train.step_losses, sys.argv[1], os.environ["RANK"]
+open(folder + "/pid" + rank, "w").write(str(os.getpid()))
+
+def losses(args, accelerator, *rest):
+    global left
+    left -= 1
+    if not left and rank == "1":
+        open(folder + "/died", "w").write(str(time.time()))
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(args, accelerator, *rest)
+
+left, train.step_losses = 3, losses
+model.run_main(lambda: train.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("launcher", [
+    ["torch.distributed.run", "--standalone", "--nproc_per_node=2"],
+    ["accelerate.commands.launch", "--config_file", ROOT / "configs/multi_gpu.yaml", "--num_processes=2",
+     "--main_process_port=0"],
+], ids=["torchrun", "accelerate"])
+def test_when_one_process_is_killed_the_others_end(smoke_world, tmp_path, launcher):
+    """The broken connection is an error of the next exchange, which is named; the launcher reports who died of what."""
+    script = tmp_path / "dying.py"
+    script.write_text(DYING)
+    done = launch(tmp_path, "-m", *launcher, script, tmp_path,
+                  *arguments(smoke_world, tmp_path, "--model_name=a", "--num_epochs=9", "--batch_size=4", *SMALL))
+    assert time.time() - float((tmp_path / "died").read_text()) < 60
+    assert done.returncode == 1 and "Signal 9 (SIGKILL) received" in done.stderr, done.stderr[-2000:]
+    assert "error: another process of this run has ended" in done.stderr and "--resume" in done.stderr
+    assert "gloo" not in done.stderr
+    for rank in range(2):
+        with pytest.raises(ProcessLookupError):
+            os.kill(int((tmp_path / f"pid{rank}").read_text()), 0)
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_other_errors_keep_their_traceback():
+    two = SimpleNamespace(num_processes=2)
+    with pytest.raises(RuntimeError, match="shapes"), train.naming_lost_processes(two):
+        raise RuntimeError("shapes do not fit")
+    for error in (RuntimeError("[gloo/transport/tcp/pair.cc:561] Connection closed"),
+                  torch.distributed.DistBackendError("NCCL")):
+        with pytest.raises(UserError, match="another process"), train.naming_lost_processes(two):
+            raise error
+
+
+def test_processes_wait_for_the_first_longer_than_it_encodes(monkeypatch):
+    given = {}
+    monkeypatch.setattr(train, "Accelerator", lambda **options: given.update(options))
+    train.start_accelerator(train.parse_args([]))
+    assert given["kwargs_handlers"][0].timeout.total_seconds() >= 3600
+
+
+# ---- to study
+
+def test_detect_anomaly_names_the_operation(smoke_world, tmp_path, monkeypatch):
+    losses = train.step_losses
+
+    def spoilt(*given):
+        out = losses(*given)
+        return out | {"clip": out["clip"] + (0 * out["clip"]).sqrt()}  # a finite loss, whose gradient is 0 * infinity
+    monkeypatch.setattr(train, "step_losses", spoilt)
+    flags = ["--num_epochs=1", "--batch_size=3", "--no-ckpt_saving", *SMALL]
+    try:
+        with pytest.raises(RuntimeError, match="MulBackward0' returned nan"), pytest.warns(match="in spoilt"):
+            run(smoke_world, tmp_path, "--detect_anomaly", *flags)
+        with pytest.raises(UserError, match="The loss became nan in epoch 0, step 1"):
+            run(smoke_world, tmp_path, *flags)
+        assert not torch.is_anomaly_enabled()
+    finally:
+        torch.autograd.set_detect_anomaly(False)
