@@ -644,12 +644,19 @@ def noting_sigterm(run: SimpleNamespace) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def asked_to_stop(accelerator: Accelerator, run: SimpleNamespace) -> bool:
-    """Whether any process was. Several agree on it at every tenth step, as asking each other takes time."""
-    if accelerator.num_processes == 1:
-        return run.stop
-    asked = torch.tensor(float(run.stop), device=accelerator.device)
-    return run.step % 10 == 0 and accelerator.reduce(asked).item() > 0
+def stop_if_asked(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNamespace) -> None:
+    """Save and exit if any process was asked to stop. Several agree on it at every tenth step: asking takes time."""
+    asked = run.stop
+    if accelerator.num_processes > 1:
+        if run.step % 10 and run.step % run.steps:
+            return
+        asked = accelerator.reduce(torch.tensor(float(run.stop), device=accelerator.device)).item() > 0
+    if asked:
+        gather_losses(args, accelerator, run)
+        save(args, accelerator, run)
+        run.bar.close()
+        accelerator.end_training()
+        raise SystemExit(128 + signal.SIGTERM)
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -706,12 +713,8 @@ def train_epoch(args: argparse.Namespace, accelerator: Accelerator, run: SimpleN
         run.fresh.append(loss.detach())
         run.step += 1
         run.bar.update()
-        if accelerator.sync_gradients and asked_to_stop(accelerator, run):
-            gather_losses(args, accelerator, run)
-            save(args, accelerator, run)
-            run.bar.close()
-            accelerator.end_training()
-            raise SystemExit(128 + signal.SIGTERM)
+        if accelerator.sync_gradients and run.step % run.steps:  # after an epoch's last step, its test comes first
+            stop_if_asked(args, accelerator, run)
 
 
 def main(argv: list[str] | None = None) -> dict[str, list[tuple[int, float]]]:
@@ -741,6 +744,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator, sizes: dict, pretr
                    disable=not accelerator.is_main_process)
     with noting_sigterm(run):
         for epoch in range(run.step // run.steps, args.num_epochs):
+            if run.step:
+                stop_if_asked(args, accelerator, run)
             train_epoch(args, accelerator, run, epoch, epoch < mixco_epochs, temps[epoch])
             if epoch % args.ckpt_interval == 0 or epoch == args.num_epochs - 1:
                 report(args, accelerator, run)

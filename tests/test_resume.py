@@ -65,9 +65,10 @@ def test_killed_three_times(smoke_world, tmp_path, never_killed):
     assert one["train_losses"] == two["train_losses"] and one["lrs"] == two["lrs"]
 
 
-def test_sigterm_saves_within_the_epoch(smoke_world, tmp_path, never_killed, monkeypatch):
-    folder, _ = never_killed
-    step, losses = steps_an_epoch(folder) + 1, train.step_losses
+@pytest.mark.parametrize("past", [1, -1])  # within an epoch, and at its end: its test is not left out
+def test_sigterm_saves_at_once(smoke_world, tmp_path, never_killed, monkeypatch, past):
+    folder, history = never_killed
+    step, losses = steps_an_epoch(folder) + past, train.step_losses
 
     def terminated(*given):
         if len(seen) == step:
@@ -80,7 +81,7 @@ def test_sigterm_saves_within_the_epoch(smoke_world, tmp_path, never_killed, mon
         run(smoke_world, tmp_path, *FLAGS)
     assert ended.value.code == 143 and len(seen) == step + 1
     assert networks.load_checkpoint(tmp_path / "train_logs/a")["step"] == step + 1
-    run(smoke_world, tmp_path, *FLAGS)
+    assert run(smoke_world, tmp_path, *FLAGS) == history
     assert same(weights(tmp_path, "a"), weights(folder, "a")) and len(seen) == 3 * steps_an_epoch(folder)
 
 
