@@ -29,7 +29,6 @@ import argparse
 import hashlib
 import io
 import os
-import pickle
 import shutil
 import sys
 import tarfile
@@ -73,17 +72,23 @@ def h5_path(data_path, name: str, subject: int | None = None) -> Path:
     return Path(data_path) / H5_FILES[name].format(subject)
 
 
-def open_h5(path: Path, name: str):
+def brief(error: Exception) -> str:
+    return str(error).partition("\n")[0][:150]
+
+
+def open_h5(path: Path, name: str, kind: type = h5py.Dataset):
     """Open an HDF5 file for reading; returns (file, its member `name`). Raises UserError if either is missing."""
     try:
         file = h5py.File(path, "r")
     except FileNotFoundError:
         raise UserError(f"{path} is missing: --data_path must name the folder of the official files.") from None
     except OSError as error:
-        raise UserError(f"{path} is not a whole HDF5 file ({error}): get it again into --data_path.") from None
-    if name not in file:
-        raise UserError(f"{path} has no '{name}', only {sorted(file)}: put the official file into --data_path.")
-    return file, file[name]
+        raise UserError(f"{path} is not a whole HDF5 file ({brief(error)}): get it again into --data_path.") from None
+    member = file.get(name)  # None for a link to nowhere, too
+    if not isinstance(member, kind):
+        what = f"only {sorted(file)}" if member is None else f"it is a {type(member).__name__.lower()}"
+        raise UserError(f"{path} has no '{name}', {what}: put the official file into --data_path.")
+    return file, member
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -108,7 +113,7 @@ class Trials:
 def count_sessions(data_path, subject: int) -> int:
     """Number of training sessions on disk (0.tar, 1.tar, ..). Raises UserError if there is none, or a gap."""
     folder = session_tar(data_path, subject, "train").parent
-    numbers = sorted(int(path.stem) for path in folder.glob("*.tar") if path.stem.isdigit())
+    numbers = {int(path.stem) for path in folder.glob("*.tar") if path.stem.isdecimal()}
     for number in range(max(numbers, default=0) + 1):
         if number not in numbers:
             raise UserError(f"{folder}/{number}.tar is missing: check --data_path, or choose another --subj.")
@@ -129,8 +134,20 @@ def load_trials(data_path, subject: int, split: str = "train", sessions: Iterabl
         raise UserError(f"{folder} has {here} sessions, not {wanted}: set --num_sessions between 1 and {here}.")
     paths = [session_tar(data_path, subject, split, number) for number in numbers]
     bar = tqdm(paths, desc=f"trials of subject {subject}", delay=2, leave=False)  # shown only if it takes > 2 s
-    behav = np.concatenate([read_behav(path) for path in bar])  # (n, 17)
+    tables = [read_behav(path) for path in bar]
+    behav = np.concatenate(tables)  # (n, 17)
+    _, first = np.unique(behav[:, BETA], return_index=True)
+    if len(first) < len(behav):
+        again = np.setdiff1d(np.arange(len(behav)), first)[0]
+        path = paths[np.searchsorted(np.cumsum([len(table) for table in tables]), again, side="right")]
+        raise UserError(f"{path}: betas row {behav[again, BETA]:.0f} belongs to an earlier trial, so a session or a "
+                        "trial is there twice: get the tar again into --data_path.")
     return Trials(subject, *(behav[:, column].astype(np.int64) for column in (IMAGE, BETA, SESSION)))
+
+
+def is_inside(name: str) -> bool:
+    """Whether a tar's member would be unpacked into the folder in which one stands. We unpack none; others might."""
+    return not name.startswith("/") and ".." not in name.split("/")
 
 
 def read_behav(path: Path) -> np.ndarray:
@@ -144,9 +161,14 @@ def read_behav(path: Path) -> np.ndarray:
     try:
         for sample in samples:
             used += sum(512 + -(-len(member) // 512) * 512 for member in sample.values() if isinstance(member, bytes))
+            if not is_inside(sample["__key__"]):
+                raise UserError(f"{path}: its member {sample['__key__']} lies outside of the folder: {again}")
             if "behav.npy" not in sample:
                 raise UserError(f"{path}: {sample['__key__']} has no behav.npy: {again}")
-            table.append(np.load(io.BytesIO(sample["behav.npy"])).reshape(1, len(BEHAV_COLUMNS)))
+            row = np.load(io.BytesIO(sample["behav.npy"])).reshape(1, len(BEHAV_COLUMNS))
+            if row.dtype.kind not in "fiu":
+                raise ValueError(f"behav.npy of {row.dtype}")
+            table.append(row.astype(np.float64))
     except (tarfile.TarError, ValueError, EOFError, OSError) as error:
         raise UserError(f"{path} is cut short or damaged ({(error.args or ['?'])[0]}): {again}") from None
     # Python's tarfile ends quietly at a broken header or at zeros, so compare what was read with the file's size.
@@ -157,7 +179,7 @@ def read_behav(path: Path) -> np.ndarray:
         warnings.warn(f"{path} lacks tar's end mark; if {len(table)} trials are too few, {again}", stacklevel=2)
     behav = np.concatenate(table)  # (n, 17)
     rows = behav[:, [IMAGE, BETA, SESSION]]
-    if not (np.isfinite(rows).all() and (rows >= 0).all()):  # -1 = missing, harmless in the other columns only
+    if not ((rows >= 0) & (rows < 2**31) & (rows % 1 == 0)).all():  # -1 = missing, harmless in the other columns only
         raise UserError(f"{path}: a trial without image, session or global_trial (columns 0, 2, 5 of behav): {again}")
     return behav
 
@@ -203,8 +225,18 @@ def embed_images(model, voxels: torch.Tensor, positions: list[np.ndarray], subje
 
 MISMATCH = "--data_path mixes files that do not belong together, get them again."
 
+def open_betas(data_path, subject: int):
+    """(file, its betas (all trials, V)). Raises UserError."""
+    path = h5_path(data_path, "betas", subject)
+    file, betas = open_h5(path, "betas")
+    if betas.ndim != 2 or betas.dtype.kind != "f" or not betas.shape[1]:
+        raise UserError(f"{path}: 'betas' is {betas.dtype} {betas.shape}, not float32 (trials, V): put MindEye2's own "
+                        "file into --data_path.")
+    return file, betas
+
+
 def num_voxels(data_path, subject: int) -> int:
-    file, betas = open_h5(h5_path(data_path, "betas", subject), "betas")
+    file, betas = open_betas(data_path, subject)
     with file:
         return betas.shape[1]
 
@@ -213,10 +245,11 @@ def load_voxels(data_path, trials: Trials, block: int = 512) -> torch.Tensor:
     """Betas of the trials, (n, V) float32 in trial order. All of NSD's subject 1 are 1.7 GB.
 
     Reads the file in blocks of rows from top to bottom and skips blocks without a wanted row: HDF5 is slow for
-    scattered rows, and takes no row twice. Raises UserError for rows outside the file and for NaN or infinite voxels.
+    scattered rows, and takes no row twice. Raises UserError for rows outside the file, and for voxels that are NaN or
+    more than half precision, in which training keeps them, can hold.
     """
     path = h5_path(data_path, "betas", trials.subject)
-    file, betas = open_h5(path, "betas")
+    file, betas = open_betas(data_path, trials.subject)
     with file:
         n_rows, n_voxels = betas.shape
         if len(trials) and not 0 <= trials.beta.min() <= trials.beta.max() < n_rows:
@@ -230,29 +263,17 @@ def load_voxels(data_path, trials: Trials, block: int = 512) -> torch.Tensor:
                 continue
             where = order[first:last]  # trials whose row lies in this block
             rows = trials.beta[where]
-            part = betas[rows[0] : rows[-1] + 1][rows - rows[0]]  # (rows of this block, V)
-            broken += rows[~np.isfinite(part).all(axis=1)].tolist()
-            voxels[where] = part
+            try:
+                part = betas[rows[0] : rows[-1] + 1][rows - rows[0]]  # (rows of this block, V)
+            except OSError as error:
+                raise UserError(f"{path} is damaged ({brief(error)}): get it again into --data_path.") from None
+            fine = (np.abs(part) <= np.finfo(np.float16).max).all(axis=1)  # not of NaN
+            broken += rows[~fine].tolist()
+            voxels[where[fine]] = part[fine]
     if broken:
-        raise UserError(f"{path}: {len(set(broken))} rows with NaN or infinite voxels, the first is row {broken[0]}: "
-                        "replace the file in --data_path.")  # fmt: skip
+        raise UserError(f"{path}: {len(set(broken))} rows with NaN or voxels beyond 65504, the first is row "
+                        f"{broken[0]}: replace the file in --data_path.")
     return torch.from_numpy(voxels)
-
-
-def load_array(path: Path, mend: str) -> torch.Tensor | np.ndarray | list:
-    """A file of torch.save that holds a tensor, or strings as a list or numpy array, as the original wrote them.
-
-    Only these are built: whatever else a file may ask to run is refused. Raises UserError, whose end is `mend`.
-    """
-    core = np._core.multiarray if hasattr(np, "_core") else np.core.multiarray
-    allowed = [np.ndarray, np.dtype, np.str_, type(np.dtype("U1")), type(np.dtype("O"))]
-    for name in ("_reconstruct", "scalar"):  # numpy 2 renamed the module that files name
-        allowed += [(getattr(core, name), f"numpy.{module}.multiarray.{name}") for module in ("core", "_core")]
-    try:
-        with torch.serialization.safe_globals(allowed):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path} cannot be read ({type(error).__name__}): {mend}") from None
 
 
 def resized(images: torch.Tensor, size: int, antialias: bool = False) -> torch.Tensor:
@@ -275,8 +296,8 @@ class Images:
         if self.path.suffix not in (".hdf5", ".h5"):
             self.path = h5_path(data_path, "images")
         images = self._open()
-        if images.ndim != 4 or images.shape[1] != 3 or images.dtype.kind != "f":
-            raise UserError(f"{self.path}: 'images' is {images.dtype} {images.shape}, not float (n, 3, H, W): put "
+        if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3] or images.dtype.kind != "f":
+            raise UserError(f"{self.path}: 'images' is {images.dtype} {images.shape}, not float (n, 3, H, H): put "
                             "MindEye2's own file into --data_path.")  # fmt: skip
         if resize == images.shape[-1]:
             self.resize = None
@@ -298,8 +319,19 @@ class Images:
         """Short hash of shape, file size and eight pictures: enough to tell one image file from another."""
         digest = hashlib.sha1(f"{self._open().shape} {self.path.stat().st_size}".encode())
         for row in np.linspace(0, len(self) - 1, 8).astype(int):
-            digest.update(self._open()[row].tobytes())
+            digest.update(self._read(row).tobytes())
         return digest.hexdigest()[:12] + (f"_{self.resize}" if self.resize else "")
+
+    def _read(self, rows) -> np.ndarray:
+        """Pictures as they are stored; HDF5 wants ascending, distinct rows. Raises UserError for damaged ones."""
+        try:
+            pictures = self._open()[rows]
+        except OSError as error:
+            raise UserError(f"{self.path} is damaged ({brief(error)}): get it again into --data_path.") from None
+        if not np.isfinite(pictures).all():
+            raise UserError(f"{self.path}: NaN or infinite pixels within rows {np.min(rows)}..{np.max(rows)}: replace "
+                            "the file in --data_path.")
+        return pictures
 
     def numbers(self, indices) -> torch.Tensor:
         """(B, 4): a picture's height and width, and the top and left of a crop: here always all of it."""
@@ -310,10 +342,19 @@ class Images:
         rows, inverse = np.unique(np.atleast_1d(np.asarray(indices, np.int64)), return_inverse=True)
         if len(rows) and not 0 <= rows[0] <= rows[-1] < len(images):
             raise UserError(f"{self.path} has {len(images)} images, but the tars name image {rows[-1]}: {MISMATCH}")
-        pictures = torch.from_numpy(images[rows]).float()  # (distinct, 3, H, W); HDF5 wants ascending, distinct rows
+        pictures = torch.from_numpy(self._read(rows)).float()  # (distinct, 3, H, W)
         if self.resize:
             pictures = resized(pictures, self.resize)
         return pictures[torch.from_numpy(inverse)]  # (B, 3, H, W)
+
+
+def expanded(pattern) -> list[Path]:
+    """"shards/{000..099}.tar" -> a hundred paths. Raises UserError."""
+    try:
+        return [Path(path) for path in braceexpand(str(pattern))]
+    except ValueError as error:
+        raise UserError(f"{pattern} cannot be expanded ({error}): close its braces, or name others with --images."
+                        ) from None
 
 
 class TarImages:
@@ -326,7 +367,7 @@ class TarImages:
     SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
     def __init__(self, pattern: str, size: int):
-        self.paths, self.size = [Path(path) for path in braceexpand(str(pattern))], size
+        self.paths, self.size = expanded(pattern), size
         found, unreadable = [], []
         for number, path in enumerate(tqdm(self.paths, desc="reading tars", delay=2, leave=False)):
             for member, picture_size in self._scan(path):
@@ -346,14 +387,18 @@ class TarImages:
         try:
             with tarfile.open(path) as tar:
                 for member in tar:
+                    if not is_inside(member.name):
+                        raise UserError(f"{path}: its member {member.name} lies outside of the folder: {again}")
                     if member.isfile() and member.name.lower().endswith(self.SUFFIXES):
                         try:
                             yield member, Image.open(tar.extractfile(member)).size
                         except UnidentifiedImageError:
                             yield member, None
+                        except Image.DecompressionBombError as error:  # some bytes that would fill the memory
+                            raise UserError(f"{path}: {member.name} is too large ({brief(error)}): {again}") from None
                 tail = path.stat().st_size - tar.offset
         except (tarfile.TarError, EOFError, OSError) as error:
-            raise UserError(f"{path} is cut short or damaged ({error}): {again}") from None
+            raise UserError(f"{path} is cut short or damaged ({brief(error)}): {again}") from None
         if tail % 512 or tail > 2 * tarfile.RECORDSIZE:  # Python's tarfile ends quietly at a broken header
             raise UserError(f"{path} is cut short or damaged: {again}")
 
@@ -384,7 +429,7 @@ class TarImages:
         (height, width), (top, left) = self._shrunk(numbers[:, :2])[0].tolist(), numbers[0, 2:].tolist()
         try:
             picture = Image.open(io.BytesIO(content)).convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
-        except OSError as error:
+        except (OSError, SyntaxError, ValueError) as error:  # Pillow's ways to say it
             raise UserError(f"{self.paths[number]}: the picture at byte {start} is damaged ({error}): take it out, or "
                             "name other tars with --images.") from None  # fmt: skip
         return np.asarray(picture.crop((left, top, left + self.size, top + self.size)))  # (size, size, 3)
@@ -395,11 +440,30 @@ class TarImages:
         return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255  # (B, 3, size, size)
 
 
-def load_region_masks(data_path, subject: int) -> dict[str, np.ndarray]:
-    """{region: (V,) bool} of one subject's voxels."""
-    file, group = open_h5(h5_path(data_path, "masks"), f"subj0{subject}")
+def load_region_masks(data_path, subject: int, voxels: int | None = None) -> dict[str, np.ndarray]:
+    """{region: (V,) bool} of one subject's voxels. Raises UserError, also if there are not `voxels` of them."""
+    path = h5_path(data_path, "masks")
+    file, group = open_h5(path, f"subj0{subject}", h5py.Group)
+    masks = {}
     with file:
-        return {region: mask[:].astype(bool) for region, mask in group.items()}
+        for region in group:
+            mask = open_mask(group, region)
+            if mask is None or voxels not in (None, len(mask)):
+                size = "no (V,) of yes or no" if mask is None else f"of {len(mask)} voxels, the betas have {voxels}"
+                raise UserError(f"{path}: subj0{subject}/{region} is {size}: get the file again into --data_path.")
+            masks[region] = mask
+    return masks
+
+
+def open_mask(group: h5py.Group, region: str) -> np.ndarray | None:
+    """(V,) bool; None if there is no such thing, or it cannot be read."""
+    member = group.get(region)
+    if not isinstance(member, h5py.Dataset) or member.ndim != 1 or member.dtype.kind not in "biuf":
+        return None
+    try:
+        return member[:].astype(bool)
+    except OSError:
+        return None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ import shlex
 import subprocess
 import sys
 import warnings
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -45,14 +46,15 @@ from torch import Tensor
 
 import judges
 import metrics
+from arrays import load_array, load_scores, load_texts
 from data import (
     Images,
     average_repeats,
     h5_path,
-    load_array,
     load_region_masks,
     load_trials,
     load_voxels,
+    num_voxels,
     repeats,
     replacing,
     resized,
@@ -123,11 +125,14 @@ def read(args: argparse.Namespace, name: str, count: int) -> Tensor:
     if not path.exists():
         raise UserError(f"{path} does not exist: run {stage} first, or name another --model_name.")
     tensor = load_array(path, f"run {stage} again.")
-    if not isinstance(tensor, Tensor) or tensor.ndim != (3 if name == "clipvoxels" else 4):
+    pictures = name != "clipvoxels"
+    if not isinstance(tensor, Tensor) or tensor.ndim != 3 + pictures or pictures and tensor.shape[1] != 3:
         raise UserError(f"{path} holds no {name}: run {stage} again.")
     if len(tensor) != count:
         raise UserError(f"{path} has {len(tensor)} rows for {count} test images: run {stage} again, or pass the same "
                         f"--num_images and --new_test here.")  # fmt: skip
+    if not tensor.numel():
+        raise UserError(f"{path} is empty, {tuple(tensor.shape)}: run {stage} again.")
     if not torch.isfinite(tensor).all():
         raise UserError(f"{path} holds NaN or infinite numbers: train again, with a smaller --max_lr.")
     return tensor
@@ -144,13 +149,28 @@ def read_captions(args: argparse.Namespace, name: str, total: int, count: int) -
     path = next((place for place in places if place.exists()), None)
     if path is None:
         raise Missing(f"{places[-1]} does not exist: {mend}")
-    texts = [str(text).strip() for text in load_array(path, mend)]
+    texts = [text.strip() for text in load_texts(path, mend)]
     if len(texts) != total and name == "predcaptions":
         raise UserError(f"{path} has {len(texts)} captions for {count} test images: run recon.py again, or pass the "
                         "same --num_images and --new_test here.")  # fmt: skip
     if len(texts) != total:
         raise Missing(f"{path} has {len(texts)} captions, which are of other images: this test set has {total}.")
     return texts[:count]
+
+
+def check_references(args: argparse.Namespace, total: int, count: int) -> None:
+    """Read what the last scores will need: that a file is damaged should be said before the others are computed."""
+    for name in ("predcaptions", "captions", "git_generated_captions"):
+        with suppress(Missing):
+            read_captions(args, name, total, count)
+    read_masks(args)
+
+
+def read_masks(args: argparse.Namespace) -> dict[str, np.ndarray] | None:
+    """{region: (V,) bool} of the subject; None without the file."""
+    if not h5_path(args.data_path, "masks").exists():
+        return None
+    return load_region_masks(args.data_path, args.subj, num_voxels(args.data_path, args.subj))
 
 
 def read_pictures(args: argparse.Namespace, rows: np.ndarray) -> tuple[SimpleNamespace, dict[str, SimpleNamespace]]:
@@ -243,15 +263,14 @@ def score_retrieval(args: argparse.Namespace, result: SimpleNamespace, seen: Sim
 def score_brain(args: argparse.Namespace, result: SimpleNamespace, pictures: dict, trials, positions: list) -> None:
     """Table 3: an encoding model says what a picture would cause in this brain; is it what the image caused?"""
     rows = [f"{name}/brain_{region}" for name in pictures for region in REGIONS]
-    masks_file = h5_path(args.data_path, "masks")
-    if not masks_file.exists():
+    masks_file, masks = h5_path(args.data_path, "masks"), read_masks(args)
+    if masks is None:
         return skip(result, rows, f"{masks_file} does not exist: put the release's into --data_path.")
     try:
         heard = hear(args, f"gnet_subj0{args.subj}", partial(load_gnet, args.cache_dir, args.subj, args.device),
                      lambda network, x: {"voxels": network.predict(x)}, pictures)
     except Missing as reason:
         return skip(result, rows, reason)
-    masks = load_region_masks(args.data_path, args.subj)
     regions = {region: torch.from_numpy(masks[region]) for region in REGIONS if region in masks}
     if absent := [row for row in rows if row.partition("/brain_")[2] not in regions]:
         skip(result, absent, f"{masks_file} has no such region: put the release's into --data_path.")
@@ -335,6 +354,7 @@ def evaluate(args: argparse.Namespace) -> SimpleNamespace:
         raise UserError("the metrics compare images with each other and need at least 2: raise --num_images.")
     voxels = read(args, "clipvoxels", len(rows))
     seen, pictures = read_pictures(args, rows)
+    check_references(args, total, len(rows))
     result = SimpleNamespace(scores={}, judges={}, values={}, missing=[], images=len(rows), unlike="")
     images = Images(args.data_path)
     if (len(images), images.size) != NSD_IMAGES:
@@ -447,7 +467,7 @@ def compare(args: argparse.Namespace) -> dict[str, float]:
         path = Path(args.evals) / name / f"{name}_scores.pt"
         if not path.exists():
             raise UserError(f"{path} does not exist: run evaluate.py --model_name {name} first.")
-        scores.append(load_array(path, f"run evaluate.py --model_name {name} again."))
+        scores.append(load_scores(path, f"run evaluate.py --model_name {name} again."))
     a, b = scores
     shared = [key for key in ROWS if key in a and key in b]
     counts = {len(x[key]) for x in scores for key in shared}

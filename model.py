@@ -39,14 +39,11 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from diffusers.models.autoencoders.vae import Decoder
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Errors that the user can mend
-# ----------------------------------------------------------------------------------------------------------------------
-
 
 class UserError(Exception):
     """Something the user can mend; the text is one sentence: what is wrong, where, and which flag helps."""
@@ -75,8 +72,6 @@ def run_main(main: Callable[[], object]) -> None:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Brain model: ridge (2.1), backbone and its two heads (2.2)
-# ----------------------------------------------------------------------------------------------------------------------
-
 
 def uncast(linear: nn.Linear, x: Tensor) -> Tensor:
     """A layer of many weights for few rows, whatever autocast says in the weights' own precision.
@@ -191,8 +186,6 @@ class Backbone(nn.Module):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Diffusion prior (2.2): a transformer that turns noise into image tokens, given brain tokens
-# ----------------------------------------------------------------------------------------------------------------------
-
 
 class NoiseScheduler(nn.Module):
     """The cosine noise schedule as 13 tables of length T, computed in float64 and kept in float32.
@@ -542,8 +535,6 @@ class DiffusionPrior(nn.Module):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The whole model
-# ----------------------------------------------------------------------------------------------------------------------
-
 
 class MindEye2(nn.Module):
     """ridge + backbone + diffusion_prior (None without a prior); every size is a constructor argument.
@@ -605,8 +596,6 @@ class MindEye2(nn.Module):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Losses and MixCo (2.2); all in float32, whatever autocast says, since a temperature of .004 makes large logits
-# ----------------------------------------------------------------------------------------------------------------------
-
 
 @torch.no_grad()
 def mixco(
@@ -689,8 +678,6 @@ def cosine_anneal(start: float, end: float, steps: int) -> Tensor:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Optimizer groups and checkpoints
-# ----------------------------------------------------------------------------------------------------------------------
-
 
 def parameter_groups(model: nn.Module, weight_decay: float = 1e-2) -> list[dict]:
     """AdamW groups in the original's order: ridge | backbone decayed, not | prior decayed, not.
@@ -734,8 +721,8 @@ def reading(path: Path, flag: str, must_exist: bool = True) -> Iterator[None]:
         raise UserError(f"{path} does not exist: put it there, or name another place with {flag}.")
     try:
         yield
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    except Exception as error:  # a damaged file leads its reader into errors of any type
+        if isinstance(error, UserError) or getattr(error, "errno", None) == errno.ENOSPC:
             raise
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         raise UserError(f"{path} cannot be read ({reason}): replace it, or name another with {flag}.") from error
@@ -839,42 +826,52 @@ def load_checkpoint(path: str | Path, flag: str = "--model_name") -> dict:
     checkpoint = _load_deepspeed(folder, flag) if deepspeed else torch_load(path, flag)
     if not isinstance(checkpoint, dict) or "model_state_dict" not in checkpoint:
         raise UserError(f"{path} is not a checkpoint (it has no model_state_dict): name another with {flag}.")
-    state = checkpoint["model_state_dict"]
-    checkpoint["model_state_dict"] = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+    with reading(path, flag, must_exist=False):
+        state = checkpoint["model_state_dict"]
+        checkpoint["model_state_dict"] = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
     return checkpoint
+
+
+def load_model(path: str | Path, flag: str = "--model_name") -> tuple[MindEye2, dict]:
+    """A checkpoint's model and its constructor arguments. Raises UserError unless it is a whole and finite MindEye2."""
+    checkpoint = load_checkpoint(path, flag)
+    with reading(Path(path), flag, must_exist=False):
+        state = checkpoint["model_state_dict"]
+        config = config_from_state_dict(state) | checkpoint.get("config", {})
+        with torch.device("meta"):  # 2 billion first values, soon overwritten, would take half a minute
+            model = MindEye2(**config)
+        model.load_state_dict(state, assign=True)
+        if not all(math.isfinite(x.sum()) for x in state.values()):  # one pass, and no copy of a weight of 7 GB
+            raise ValueError("NaN or infinite weights")
+    return model, config
 
 
 def config_from_state_dict(state: dict[str, Tensor]) -> dict:
     """The constructor arguments of MindEye2, read off the shapes of its state dict.
 
-    The kind of backbone has no shape: MindEye2(**config_from_state_dict(state) | checkpoint.get("config", {})).
-    Raises UserError when the state dict is of another model.
+    The kind of backbone has no shape: `load_model` takes it from the checkpoint. Raises KeyError for another network.
     """
-
     def count(prefix: str, suffix: str) -> int:
         return sum(name.startswith(prefix) and name.endswith(suffix) for name in state)
 
     ridge, prior = "ridge.linears.", "diffusion_prior.net.causal_transformer.layers."
-    try:
-        emb_dim = len(state["backbone.clip_proj.8.bias"])
-        config = {
-            "num_voxels": [state[f"{ridge}{i}.weight"].shape[1] for i in range(count(ridge, ".weight"))],
-            "hidden_dim": state["backbone.backbone_linear.weight"].shape[1],
-            "n_blocks": count("backbone.mixer_blocks1.", ".1.3.weight"),
-            "clip_seq_dim": len(state["backbone.backbone_linear.bias"]) // emb_dim,
-            "clip_emb_dim": emb_dim,
-            "blurry_recon": "backbone.blin1.bias" in state,
-            "use_prior": "diffusion_prior.net.learned_query" in state,
-            "backbone": "released",
-        }
-        if config["blurry_recon"]:
-            config["latent_size"] = 4 * math.isqrt(len(state["backbone.blin1.bias"]) // 64)
-        if config["use_prior"]:
-            config["prior_depth"] = count(prior, ".0.null_kv")
-            config["prior_dim_head"] = state[prior + "0.0.null_kv"].shape[1]
-            config["prior_timesteps"] = len(state["diffusion_prior.noise_scheduler.betas"])
-    except KeyError as error:
-        raise UserError(f"the checkpoint is not of a MindEye2 model (no {error}): name another one.") from None
+    emb_dim = len(state["backbone.clip_proj.8.bias"])
+    config = {
+        "num_voxels": [state[f"{ridge}{i}.weight"].shape[1] for i in range(count(ridge, ".weight"))],
+        "hidden_dim": state["backbone.backbone_linear.weight"].shape[1],
+        "n_blocks": count("backbone.mixer_blocks1.", ".1.3.weight"),
+        "clip_seq_dim": len(state["backbone.backbone_linear.bias"]) // emb_dim,
+        "clip_emb_dim": emb_dim,
+        "blurry_recon": "backbone.blin1.bias" in state,
+        "use_prior": "diffusion_prior.net.learned_query" in state,
+        "backbone": "released",
+    }
+    if config["blurry_recon"]:
+        config["latent_size"] = 4 * math.isqrt(len(state["backbone.blin1.bias"]) // 64)
+    if config["use_prior"]:
+        config["prior_depth"] = count(prior, ".0.null_kv")
+        config["prior_dim_head"] = state[prior + "0.0.null_kv"].shape[1]
+        config["prior_timesteps"] = len(state["diffusion_prior.noise_scheduler.betas"])
     return config
 
 

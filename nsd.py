@@ -22,10 +22,8 @@ import io
 import shutil
 import tarfile
 import warnings
-import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from pickle import UnpicklingError
 
 import h5py
 import nibabel
@@ -35,6 +33,7 @@ import torch
 from tqdm import tqdm
 
 import data
+from arrays import load_array
 from data import BEHAV_COLUMNS, BETA, IMAGE, SESSION
 from model import UserError, run_main
 
@@ -71,7 +70,7 @@ def read_volume(path: Path, shape: tuple | None = None) -> np.ndarray:
     """A NIfTI volume (X, Y, Z). Raises UserError if it is damaged or not of `shape`."""
     try:
         volume = np.asanyarray(nibabel.load(path).dataobj)  # (X, Y, Z)
-    except (nibabel.filebasedimages.ImageFileError, OSError, EOFError, ValueError, zlib.error) as error:
+    except Exception as error:  # a damaged file leads its reader into errors of any type
         raise unreadable(path, error) from None
     if volume.ndim != 3 or shape not in (None, volume.shape):
         raise unreadable(path, f"shape {volume.shape}, nsdgeneral's is {shape}")
@@ -92,7 +91,7 @@ def read_shared1000(nsd_path) -> np.ndarray:
         shared = np.zeros(NSD_IMAGES, bool)
         shared[loadmat(path, variable_names=["sharedix"])["sharedix"].ravel().astype(int) - 1] = True  # from 1
         return shared
-    except (OSError, ValueError, KeyError, IndexError) as error:
+    except Exception as error:
         raise unreadable(path, error) from None
 
 
@@ -106,7 +105,7 @@ def read_responses(path: Path, subject: int, shared: np.ndarray, sessions: int |
     wanted = [column for name, column in names.items() if name not in ("global_trial", "shared1000")]
     try:
         frame = pandas.read_csv(path, sep="\t", usecols=wanted, dtype=np.float64)[wanted]
-    except (OSError, ValueError) as error:
+    except Exception as error:
         raise unreadable(path, error) from None
     told = frame[["73KID", "SUBJECT", "SESSION", "RUN", "TRIAL"]].to_numpy()
     session, image = frame["SESSION"].to_numpy(), frame["73KID"].to_numpy() - 1
@@ -156,7 +155,7 @@ def read_session(path: Path, mask: np.ndarray, trials: int) -> np.ndarray:
             for first in range(0, trials, 25):
                 part = np.asanyarray(volume[..., first : first + 25])  # (X, Y, Z, 25)
                 betas[first : first + 25] = part[mask].T
-    except (nibabel.filebasedimages.ImageFileError, OSError, EOFError, KeyError, ValueError, zlib.error) as error:
+    except Exception as error:
         raise unreadable(path, error) from None
     if not np.isfinite(betas).all():
         raise unreadable(path, "NaN or infinite betas")
@@ -272,9 +271,9 @@ def load_shared(data_path) -> np.ndarray | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path.name} is damaged ({type(error).__name__}): {MEND}.") from None
+        raise UserError(f"{path} is damaged ({type(error).__name__}): {MEND}.") from None
     if shared.ndim != 1 or shared.dtype != bool:
-        raise UserError(f"{path.name} is {shared.dtype} {shared.shape}, not bool (images,): {MEND}.")
+        raise UserError(f"{path} is {shared.dtype} {shared.shape}, not bool (images,): {MEND}.")
     return shared
 
 
@@ -468,20 +467,22 @@ def check_images(data_path, samples: int = 64) -> Findings:
         yield path.name, str(error)
         return
     what = f"{path.name}: {size[0]} pictures of {size[2]} x {size[3]} pixels"
-    odd = size[2] != size[3] or (size[0] >= NSD_IMAGES and size[2] != 224)
-    yield what, problem(odd or not size[0], "the pictures are not square or not 224 pixels wide")
+    odd = size[0] >= NSD_IMAGES and size[2] != 224
+    yield what, problem(odd or not size[0], "there are none, or they are not 224 pixels wide")
     yield f"{path.name}: type", problem(images._open().dtype != np.float16, f"{images._open().dtype}, not float16")
     rows = np.unique(np.linspace(0, len(images) - 1, samples).astype(int))
     lows, highs = [], []
     for row in rows:
-        picture = images[row]
+        try:
+            picture = images[row]
+        except UserError as error:  # damaged there, or NaN
+            yield f"{path.name}: row {row}", str(error)
+            return
         lows.append(float(picture.amin()))
         highs.append(float(picture.amax()))
     lows, highs = np.array(lows), np.array(highs)
     what = f"{path.name}: values of {len(rows)} pictures"
-    if not (np.isfinite(lows) & np.isfinite(highs)).all():
-        yield what, problem(True, "NaN or infinite pixels")
-    elif lows.min() < 0 or highs.max() > 1:
+    if lows.min() < 0 or highs.max() > 1:
         yield what, problem(True, f"from {lows.min():g} to {highs.max():g}, not within [0, 1]")
     else:  # rows that were never written read as zeros
         blank = rows[lows == highs]
@@ -567,7 +568,7 @@ def check_tar(data_path, subject: int, split: str, number: int) -> tuple[np.ndar
         for name in shapes:
             try:
                 members[name] = np.load(io.BytesIO(tar.extractfile(f"{first}.{name}").read()))
-            except (KeyError, ValueError, EOFError, tarfile.TarError):
+            except Exception:
                 return behav, problem(True, f"{first} has no {name}")
     for name, shape in shapes.items():
         if members[name].shape != shape:
@@ -685,8 +686,8 @@ def check_evals(data_path, nsd: bool) -> Findings:
             if name == "all_images.pt":  # up to 600 MB: only mapped
                 counts[name] = len(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
             else:
-                counts[name] = len(data.load_array(path, MEND))
-        except (UserError, OSError, RuntimeError, ValueError, EOFError, TypeError, UnpicklingError) as error:
+                counts[name] = len(load_array(path, MEND))
+        except Exception as error:
             yield f"evals/{name}", problem(True, f"unreadable ({type(error).__name__})")
     wanted = NSD_SHARED if nsd else max(counts.values(), default=0)
     for name, count in counts.items():

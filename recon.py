@@ -59,7 +59,8 @@ from data import (
     replacing,
     resized,
 )
-from model import MindEye2, UserError, config_from_state_dict, load_checkpoint, run_main
+from model import MindEye2, UserError, reading, run_main
+from model import load_model as load_model_file
 
 MAX_SIZE = 256  # pixels; larger pictures are saved at this size, as the original's are
 GRID_COLUMNS = 12
@@ -121,14 +122,16 @@ def seen_brains(args: argparse.Namespace) -> SimpleNamespace:
     .seen (k, 3, H, W), the first of them."""
     trials = load_trials(args.data_path, args.subj, "new_test" if args.new_test else "test")
     ids, positions = (part[: args.num_images] for part in repeats(trials))
-    seen = Images(args.data_path)[ids[:GRID_COLUMNS]]  # read early: if the file is broken, say so before the work
+    images = Images(args.data_path)
+    images[ids[-1:]]  # read early: if the file is broken, or has too few pictures, say so before the work
+    seen = images[ids[:GRID_COLUMNS]]
     return SimpleNamespace(voxels=load_voxels(args.data_path, trials), ids=ids, positions=positions, seen=seen,
                            names=[str(i) for i in ids])
 
 
 def stimulated_brains(args: argparse.Namespace) -> SimpleNamespace:
     """The same for patterns that nobody had (A.14): voxels are 1 inside a region and 0, their mean, outside."""
-    masks, rows = load_region_masks(args.data_path, args.subj), []
+    masks, rows = load_region_masks(args.data_path, args.subj, num_voxels(args.data_path, args.subj)), []
     for stimulus in args.stimulate:
         for region in stimulus.split("+"):
             if region not in masks:
@@ -158,9 +161,7 @@ def fetch_released(args: argparse.Namespace, state: PartialState) -> None:
 def load_model(args: argparse.Namespace, voxels: int) -> tuple[MindEye2, int]:
     """The trained model, and which of its ridge layers is for a brain of so many voxels. Raises UserError."""
     path = checkpoint_file(args)
-    checkpoint = load_checkpoint(path)
-    state = checkpoint["model_state_dict"]
-    config = config_from_state_dict(state) | checkpoint.get("config", {})
+    model, config = load_model_file(path)
     for name in ("hidden_dim", "n_blocks"):
         if getattr(args, name) not in (None, config[name]):
             raise UserError(f"{path} has {name} {config[name]}, not {getattr(args, name)}: leave out --{name}.")
@@ -175,13 +176,6 @@ def load_model(args: argparse.Namespace, voxels: int) -> tuple[MindEye2, int]:
         counts = ", ".join(map(str, config["num_voxels"]))
         raise UserError(f"{path} reads brains of {counts} voxels, of which exactly one must be subject {args.subj}'s "
                         f"{voxels}: pass another --subj or --model_name.")  # fmt: skip
-    with torch.device("meta"):  # 2 billion initial values, soon overwritten, would take half a minute
-        model = MindEye2(**config)
-    try:
-        model.load_state_dict(state, assign=True)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise UserError(f"{path} is not a whole MindEye2 model ({reason}): name another --model_name.") from None
     return model.eval().requires_grad_(False), fitting[0]
 
 
@@ -351,10 +345,12 @@ def start_latents(z: Tensor, noise: Tensor, offset: Tensor, sigma: float) -> Ten
 def check_decoder(args: argparse.Namespace, token_dim: int) -> None:
     """Mistakes that loading or drawing would only find after the first pass. Raises UserError."""
     config, scheduler = frozen.unclip_configs(args.unclip)
-    if config["cross_attention_dim"] != token_dim:
-        raise UserError(f"{args.unclip} needs tokens of {config['cross_attention_dim']} channels, ours have "
-                        f"{token_dim}: name another --unclip.")
-    if args.steps >= (trained := scheduler["num_train_timesteps"]):
+    with reading(Path(args.unclip), "--cache_dir or --unclip"):
+        wanted, trained = config["cross_attention_dim"], scheduler["num_train_timesteps"]
+    if wanted != token_dim:
+        raise UserError(f"{args.unclip} needs tokens of {wanted} channels, ours have {token_dim}: name another "
+                        "--unclip.")
+    if args.steps >= trained:
         raise UserError(f"--steps must be below {trained}, the number of noise levels that {args.unclip} knows.")
 
 
@@ -410,12 +406,18 @@ def open_parts(folder: Path, args: argparse.Namespace, state: PartialState, file
         stamp = [(file.stat().st_mtime_ns, file.stat().st_size) for file in files if file.exists()]
         run = json.dumps(vars(args) | {"files": stamp}, default=str, indent=1)
         note = folder / "run.json"
-        if folder.exists() and not (note.exists() and note.read_text() == run):
+        if folder.exists() and not (note.exists() and note.read_bytes() == run.encode()):
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(note) as temporary:
             temporary.write_text(run)
     state.wait_for_everyone()
+
+
+def read_part(path: Path) -> dict[str, Tensor | list[str]]:
+    """A finished batch. Mapped into memory, for a pass reads one of the brain's four tensors. Raises UserError."""
+    with reading(path, f"--evals, or delete {path.parent} and run again"):
+        return torch.load(path, weights_only=True, mmap=True)
 
 
 def run_pass(name: str, folder: Path, batches: list[slice], state: PartialState, load: Callable, work: Callable,
@@ -432,8 +434,7 @@ def run_pass(name: str, folder: Path, batches: list[slice], state: PartialState,
     with tqdm(total=done, initial=done - left, desc=name, unit="image", disable=not state.is_main_process) as bar:
         prepared = prefetch((prepare(batches[i]) for i in todo), state.device)
         for i, ready in zip(todo, prepared, strict=True):
-            found = None if name == first else torch.load(folder / f"{first}_{i:05d}.pt", weights_only=True,
-                                                          mmap=True)  # a pass reads one of the brain's four tensors
+            found = None if name == first else read_part(folder / f"{first}_{i:05d}.pt")
             out = work(network, batches[i], found, *ready)
             save(folder / f"{name}_{i:05d}.pt", {k: v.cpu() if isinstance(v, Tensor) else v for k, v in out.items()})
             bar.update(batches[i].stop - batches[i].start)
@@ -448,7 +449,7 @@ def collect(folder: Path, names: list[str], count: int) -> dict[str, Tensor | np
     """All batches of all passes, in order: {output: (n, ..)}."""
     arrays = {}
     for name in names:
-        parts = [torch.load(folder / f"{name}_{i:05d}.pt", weights_only=True) for i in range(count)]
+        parts = [read_part(folder / f"{name}_{i:05d}.pt") for i in range(count)]
         for key in parts[0]:
             if isinstance(parts[0][key], Tensor):
                 arrays[key] = torch.cat([part[key] for part in parts])
@@ -467,7 +468,7 @@ def save_grid(path: Path, rows: list[tuple[str, Tensor, list[str]]], titles: lis
     figure = Figure(figsize=(1.3 * (columns + 1), 1.3 * height), dpi=110)
     axes = figure.add_axes((0, 0, 1, 1), frame_on=False)
     for i, title in enumerate(titles):
-        axes.text(i + 0.5, 0.1, title, fontsize=8, ha="center", va="center")
+        axes.text(i + 0.5, 0.1, title, fontsize=8, ha="center", va="center", parse_math=False)
     top = 0.2
     for (label, pictures, texts), caption in zip(rows, captions, strict=True):
         pictures = resized(pictures, min(256, 4 * pictures.shape[-1]))
@@ -476,7 +477,8 @@ def save_grid(path: Path, rows: list[tuple[str, Tensor, list[str]]], titles: lis
         axes.imshow(strip.numpy(), extent=(0, columns, top + 0.98, top), aspect="auto")
         axes.text(-0.06, top + 0.5, label, fontsize=10, ha="right", va="center")
         for i, text in enumerate(texts):
-            axes.text(i + 0.5, top + 1.0, textwrap.fill(text, 20), fontsize=6.5, ha="center", va="top")
+            axes.text(i + 0.5, top + 1.0, textwrap.fill(text, 20), fontsize=6.5, ha="center", va="top",
+                      parse_math=False)  # a caption may hold a $
         top += 1 + caption
     axes.set(xlim=(-1, columns), ylim=(height, 0), xticks=[], yticks=[])
     with replacing(path) as temporary:

@@ -46,7 +46,8 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 import frozen
-from data import Images, load_array, load_trials, repeats, resized
+from arrays import load_array, load_texts
+from data import Images, load_trials, repeats, resized
 from model import UserError, reading, run_main
 from recon import (
     GRID_COLUMNS,
@@ -368,9 +369,8 @@ def read_pictures(args: argparse.Namespace) -> tuple[Tensor, np.ndarray]:
     path = output_file(args, "all_recons.pt")
     if not path.exists():
         raise UserError(f"{path} does not exist: run recon.py first, or name another --model_name or --evals.")
-    with reading(path, "--evals, or run recon.py again"):
-        recons = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(recons, Tensor) or recons.ndim != 4 or recons.shape[1] != 3:
+    recons = load_array(path, "run recon.py again, or name another --evals.")
+    if not isinstance(recons, Tensor) or recons.ndim != 4 or recons.shape[1] != 3 or not recons.numel():
         raise UserError(f"{path} does not hold pictures (n, 3, H, W): run recon.py again, or name another --evals.")
     if not torch.isfinite(recons).all():
         raise UserError(f"{path} holds NaN or infinite numbers: train again, with a smaller --max_lr.")
@@ -386,11 +386,7 @@ def read_texts(path: Path, flag: str) -> list[str]:
     if path.suffix == ".txt":
         with reading(path, flag):
             return path.read_text(encoding="utf-8").splitlines()
-    texts = load_array(path, f"replace it, or name another with {flag}.")
-    texts = texts.tolist() if isinstance(texts, np.ndarray) else texts
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise UserError(f"{path} does not hold an array or a list of texts: name another file with {flag}.")
-    return texts
+    return load_texts(path, f"replace it, or name another with {flag}.")
 
 
 def prompt_file(args: argparse.Namespace) -> Path | None:

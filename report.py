@@ -35,7 +35,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from data import Images, load_array, load_trials, repeats, replacing, resized
+from arrays import load_array, load_scores, load_texts
+from data import Images, load_trials, repeats, replacing, resized
 from frozen import load_clip
 from model import UserError, reading, run_main, torch_load
 
@@ -84,9 +85,14 @@ def read_tensor(path: Path, count: int | None = None, required: bool = False) ->
     """A tensor (n, ..) of recon.py or refine.py; None when it is not there. Raises UserError."""
     if not path.exists() and not required:
         return None
-    tensor = torch_load(path, "--model_name")
-    if not isinstance(tensor, Tensor):
-        raise UserError(f"{path} holds no tensor: run recon.py again.")
+    again = "run recon.py again, and refine.py after it."
+    if not path.exists():
+        raise UserError(f"{path} does not exist: {again}")
+    tensor = load_array(path, again)
+    if not isinstance(tensor, Tensor) or not tensor.ndim or not tensor.numel():
+        raise UserError(f"{path} holds no tensor (n, ..): {again}")
+    if path.stem.endswith("recons") and (tensor.ndim != 4 or tensor.shape[1] != 3):
+        raise UserError(f"{path} holds no pictures (n, 3, H, W): {again}")
     check_count(path, len(tensor), count or len(tensor))
     if not torch.isfinite(tensor).all():
         raise UserError(f"{path} holds NaN or infinite numbers: train again, with a smaller --max_lr.")
@@ -97,26 +103,51 @@ def read_captions(path: Path, count: int) -> list[str] | None:
     """n captions, from a numpy array of strings as the original writes it; None when the file is not there."""
     if not path.exists():
         return None
-    captions = [str(text) for text in load_array(path, "run recon.py again.")]
+    captions = load_texts(path, "run recon.py again.")
     check_count(path, len(captions), count)
     return captions
 
 
 def check_count(path: Path | str, rows: int, count: int) -> None:
     if rows != count:
-        raise UserError(f"{path} has {rows} rows, the reconstructions have {count}: run the stages again, all with the "
-                        f"same --num_images and --new_test.")  # fmt: skip
+        raise UserError(f"{path} has {rows} rows, the reconstructions have {count}: run recon.py, refine.py and "
+                        "evaluate.py again, all with the same --num_images and --new_test.")
 
 
 def read_metrics(path: Path) -> dict:
     """What evaluate.py found. Raises UserError when it is not there, damaged, or an older version's."""
     if not path.exists():
         raise UserError(f"{path} does not exist: run evaluate.py first, or name another --model_name.")
-    with reading(path, "--model_name"):
+    with reading(path, "--model_name, or run evaluate.py again"):
         metrics = json.loads(path.read_text())
-    if not isinstance(metrics, dict) or "rows" not in metrics:
-        raise UserError(f"{path} has no rows, so it is an older version's: run evaluate.py again.")
+        if not isinstance(metrics, dict) or "rows" not in metrics:
+            raise UserError(f"{path} has no rows, so it is an older version's: run evaluate.py again.")
+        check_metrics(metrics)
     return metrics
+
+
+def check_metrics(metrics: dict) -> None:
+    """Raise ValueError, or another error, if something in it is not of the kind that the page shows it as."""
+    def check(part: dict, kind: type | tuple, *names: str) -> None:
+        for name in names:
+            if not isinstance(part.get(name), kind):
+                raise ValueError(f"{name} is {part.get(name)!r}"[:99])
+
+    none = type(None)
+    check(metrics, (str, none), "command", "commit", "paper_unlike")
+    check(metrics, (dict, none), "versions")
+    check(metrics, (int, float, none), "blend")
+    shlex.split(metrics.get("command") or "")
+    for row in metrics["rows"]:
+        check(row, (int, float), "value")
+        check(row, (int, float, none), "low", "high", "paper_40", "paper_1")
+        check(row, str, "title")
+        check(row, (str, none), "judge", "paper_remark", "better", "group")
+        if row["pictures"] not in PICTURES:
+            raise ValueError(f"rows of {row['pictures']!r}"[:99])
+    for part in metrics.get("missing", []):
+        check(part, str, "reason")
+        check(dict(enumerate(part["titles"])), str, *range(len(part["titles"])))
 
 
 @torch.no_grad()
@@ -135,15 +166,15 @@ def load(model: str, evals: Path, data_path: Path, cache_dir: Path, subj: int, n
     metrics = read_metrics(Path(f"{prefix}_metrics.json"))
     recons = read_tensor(Path(f"{prefix}_all_recons.pt"), required=True)
     n = len(recons)
-    found = {name: read_tensor(Path(f"{prefix}_all_{name}.pt"), n, required=name == "clipvoxels")
-             for name in ("enhancedrecons", "blurryrecons", *SPACES)}
-    scores = torch_load(Path(f"{prefix}_scores.pt"), "--model_name")
-    for key, values in scores.items():
-        check_count(f"{prefix}_scores.pt ({key})", len(values), n)
     ids = repeats(load_trials(data_path, subj, "new_test" if new_test else "test"))[0]
     if n > len(ids):
         raise UserError(f"{prefix}_all_recons.pt has {n} rows, the test set {len(ids)}: pass the same --subj and "
                         "--new_test as for recon.py.")
+    found = {name: read_tensor(Path(f"{prefix}_all_{name}.pt"), n, required=name == "clipvoxels")
+             for name in ("enhancedrecons", "blurryrecons", *SPACES)}
+    scores = load_scores(Path(f"{prefix}_scores.pt"), "run evaluate.py again.")
+    for key, values in scores.items():
+        check_count(f"{prefix}_scores.pt ({key})", len(values), n)
     seen = Images(data_path)[ids[:n]]  # (n, 3, H, W)
     tokens = image_tokens(cache_dir, seen, recons.shape[-1]) if clip_images is None else clip_images
     for name in SPACES:
@@ -166,6 +197,11 @@ def number(value: float | None) -> str:
     return f"{value:.3f}".replace("0.", ".", 1) if abs(value) < 1 else f"{value:.3f}"
 
 
+def escaped(text: object) -> str:
+    """Text as HTML: no tags, and a sign in place of each character that nobody sees or that no page may hold."""
+    return html.escape("".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in str(text)))
+
+
 def data_uri(content: bytes, kind: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
@@ -181,8 +217,8 @@ def jpeg(image: Tensor, size: int) -> str:
 
 def cell(image: Tensor, alt: str, label: str, size: int, kind: str = "") -> str:
     """A picture with a small label below; labels of examples show only when enlarged (in the style sheet)."""
-    return (f'<span class="cell {kind}"><img src="{jpeg(image, size)}" alt="{html.escape(alt)}" loading="lazy">'
-            f"<small>{html.escape(label)}</small></span>")
+    return (f'<span class="cell {kind}"><img src="{jpeg(image, size)}" alt="{escaped(alt)}" loading="lazy">'
+            f"<small>{escaped(label)}</small></span>")
 
 
 def section(name: str, title: str, *parts: str) -> str:
@@ -204,9 +240,9 @@ def introduction(r: SimpleNamespace) -> str:
         f'{cell(final[i], f"drawn from brain activity for image {r.ids[i]}", "read from the brain", LARGE)}</button>'
         for i in range(min(EXAMPLES, r.n)))
     unlike = "" if r.metrics.get("paper_unlike") != "another dataset" else (
-        f" The data here, <code>{html.escape(str(r.data_path))}</code>, is not the paper's Natural Scenes Dataset: "
+        f" The data here, <code>{escaped(str(r.data_path))}</code>, is not the paper's Natural Scenes Dataset: "
         "the paper's numbers stand beside these for orientation, not for comparison.")
-    return f"""<header><p class="kicker">MindEye2 · evaluation report</p><h1>{html.escape(r.model)}</h1>
+    return f"""<header><p class="kicker">MindEye2 · evaluation report</p><h1>{escaped(r.model)}</h1>
 <p class="lead">A person looked at pictures while their brain activity was recorded. This model had learned, from other
 pictures, to tell from such activity what was seen. Here are {r.n} pictures that it was never trained on: what it drew
 from the brain of subject {r.subject} alone, how good that is in numbers, and where it fails.{unlike}</p>
@@ -242,7 +278,7 @@ def table_row(row: dict, remarks: list[str]) -> str:
         remark = remarks.index(row["paper_remark"]) + 1 if row.get("paper_remark") and value is not None else "&nbsp;"
         return f"<td>{number(value)}<sup>{remark}</sup></td>"
 
-    return (f'<tr><th scope="row">{html.escape(row["title"])}<span class="arrow">&nbsp;{arrow}{mark}</span></th>'
+    return (f'<tr><th scope="row">{escaped(row["title"])}<span class="arrow">&nbsp;{arrow}{mark}</span></th>'
             f'<td class="value">{number(row["value"])}</td>'
             f'<td class="range">{number(row.get("low"))} to {number(row.get("high"))}</td>'
             f"<td>{interval_plot(row)}</td>"
@@ -257,18 +293,18 @@ def table(r: SimpleNamespace, csv: Path) -> str:
     for kind in kinds:
         lines = "\n".join(table_row(row, remarks) for row in rows if row["pictures"] == kind)
         bodies.append(f'<tbody><tr><th colspan="6" scope="rowgroup">{PICTURES[kind]}</th></tr>\n{lines}</tbody>')
-    gaps = "".join(f"<li><b>{html.escape('; '.join(part['titles']))}</b>: {html.escape(part['reason'])}</li>"
+    gaps = "".join(f"<li><b>{escaped('; '.join(part['titles']))}</b>: {escaped(part['reason'])}</li>"
                    for part in missing)
-    remarked = "; ".join(f"<sup>{i}</sup> {html.escape(remark)}" for i, remark in enumerate(remarks, 1))
+    remarked = "; ".join(f"<sup>{i}</sup> {escaped(remark)}" for i, remark in enumerate(remarks, 1))
     judges = {row["title"]: row["judge"] for row in rows if row.get("judge")}
-    judged = "".join(f"<li>{html.escape(title)}: {html.escape(judge)}</li>" for title, judge in judges.items())
+    judged = "".join(f"<li>{escaped(title)}: {escaped(judge)}</li>" for title, judge in judges.items())
     stand_ins = " ◇: judged by a stand-in, a small network in the place of the published one. Such a row tells which "\
                 "of two models is better, and cannot be compared with the paper." if any(map(is_stand_in, rows)) else ""
-    whose = f"<small>{html.escape(r.metrics['paper_unlike'])}</small>" if r.metrics.get("paper_unlike") else ""
+    whose = f"<small>{escaped(r.metrics['paper_unlike'])}</small>" if r.metrics.get("paper_unlike") else ""
     download = ""
     if csv.exists():
-        download = (f' The same as a file: <a download="{html.escape(csv.name)}" href="'
-                    f'{data_uri(csv.read_bytes(), "text/csv")}">{html.escape(csv.name)}</a>.')
+        download = (f' The same as a file: <a download="{escaped(csv.name)}" href="'
+                    f'{data_uri(csv.read_bytes(), "text/csv")}">{escaped(csv.name)}</a>.')
     return section(
         "numbers", "In numbers",
         paragraph(f"Means over {r.n} test images. The 95 % interval is where a mean would lie had other images been "
@@ -308,7 +344,7 @@ def examples(r: SimpleNamespace) -> str:
     kinds = {label: pictures for label, pictures in kinds.items() if pictures is not None}
 
     def example(i: int) -> str:
-        caption = html.escape(r.captions[i]) if r.captions else f"image {r.ids[i]}"
+        caption = escaped(r.captions[i]) if r.captions else f"image {r.ids[i]}"
         cells = "".join(cell(pictures[i], f"{label}: image {r.ids[i]}", label, LARGE)
                         for label, pictures in kinds.items())
         return (f'<figure><button class="strip">{cells}</button>'
@@ -473,10 +509,15 @@ def thinned(values: list[float], most: int = 200) -> list[tuple[float, float]]:
     return [(i + min(size, len(values) - i), float(np.mean(values[i : i + size]))) for i in range(0, len(values), size)]
 
 
-def read_checkpoint(train_logs: Path, model: str) -> dict:
+def read_checkpoint(path: Path) -> dict:
     """All but the weights of last.pth: flags, train_losses, ..; {} when it is not there. Mapped: takes moments."""
-    path = train_logs / model / "last.pth"
-    return torch_load(path, "--train_logs") if path.exists() else {}
+    if not path.is_file():
+        return {}
+    checkpoint = torch_load(path, "--train_logs")
+    with reading(path, "--train_logs"):
+        logged = {name: checkpoint.get(name, []) for name in ("train_losses", "test_losses", "lrs")}
+        logged = {name: [float(x) for x in values] for name, values in logged.items()}
+        return logged | {"flags": dict(checkpoint.get("flags", {}))}
 
 
 def read_curves(train_logs: Path, model: str, checkpoint: dict) -> dict[str, dict[str, list[tuple[float, float]]]]:
@@ -511,12 +552,12 @@ def line_plot(title: str, series: dict[str, list[tuple[float, float]]]) -> str:
         places = (np.array(line).reshape(-1, 2) - low) / span * [193, -80] + [42, 88]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
         shape = f'<circle cx="{places[0, 0]:.1f}" cy="{places[0, 1]:.1f}" r="2.5"/>' if len(line) == 1 else ""
-        lines.append(f'<g class="{html.escape(name)}"><polyline points="{path}"/>{shape}</g>' if line else "")
-    last = " ".join(f'<span class="key {html.escape(name)}">{html.escape(name)} {line[-1][1]:.3g}</span>'
+        lines.append(f'<g class="{escaped(name)}"><polyline points="{path}"/>{shape}</g>' if line else "")
+    last = " ".join(f'<span class="key {escaped(name)}">{escaped(name)} {line[-1][1]:.3g}</span>'
                     for name, line in series.items() if line)
     bottom, top = low[1], low[1] + span[1]
-    return (f'<figure><figcaption><b>{html.escape(title)}</b> {last}</figcaption>'
-            f'<svg class="curve" viewBox="0 0 240 108" role="img" aria-label="{html.escape(title)} against steps">'
+    return (f'<figure><figcaption><b>{escaped(title)}</b> {last}</figcaption>'
+            f'<svg class="curve" viewBox="0 0 240 108" role="img" aria-label="{escaped(title)} against steps">'
             f'<path class="axis" d="M42 8V88H235"/>{"".join(lines)}'
             f'<text x="37" y="12" text-anchor="end">{top:.2g}</text>'
             f'<text x="37" y="90" text-anchor="end">{bottom:.2g}</text>'
@@ -537,7 +578,7 @@ def training(train_logs: Path, model: str, checkpoint: dict) -> str:
         return section("training", title, f'<div class="scroll"><img class="whole" alt="training curves" src="'
                                           f'{data_uri(picture.read_bytes(), "image/png")}"></div>')
     return section("training", title, paragraph(
-        f"<code>{html.escape(str(train_logs / model))}</code> has no log and no checkpoint: name its place by "
+        f"<code>{escaped(str(train_logs / model))}</code> has no log and no checkpoint: name its place by "
         "<code>--train_logs</code>."))
 
 
@@ -555,7 +596,7 @@ def regions(r: SimpleNamespace) -> str:
         lines = "".join(
             f'<div class="measure k{kinds.index(row["pictures"])}"><i style="width:{max(0, row["value"]) / most:.1%}">'
             f'</i><span>{number(row["value"])}</span></div>' for row in rows if row["title"] == title)
-        region = html.escape(title.removeprefix("Brain corr. "))
+        region = escaped(title.removeprefix("Brain corr. "))
         parts.append(f"<dt>{region}</dt><dd>{lines}</dd>")
     keys = " ".join(f'<span class="key k{k}">{PICTURES[kind].lower()}</span>' for k, kind in enumerate(kinds))
     return section("regions", "Brain correlation by region", paragraph(
@@ -592,9 +633,9 @@ def training_commands(checkpoint: dict) -> list[str]:
     while checkpoint.get("flags"):
         flags = checkpoint["flags"]
         commands.insert(0, command_line("train.py", flags, defaults))
-        start = Path(flags.get("multisubject_ckpt") or "")
+        start = Path(str(flags.get("multisubject_ckpt") or ""))
         start = start if start.suffix == ".pth" else start / "last.pth"
-        checkpoint = torch_load(start, "--train_logs") if start.is_file() and len(commands) < 5 else {}
+        checkpoint = read_checkpoint(start) if len(commands) < 5 else {}
     return commands
 
 
@@ -608,10 +649,10 @@ def reproduction(r: SimpleNamespace, checkpoint: dict, command: str) -> str:
     commands += [folded(shlex.split(r.metrics.get("command") or "python evaluate.py")), command]
     facts = {"commit": r.metrics.get("commit") or "unknown", "subject": r.subject, "images": r.n,
              "written": datetime.now().strftime("%Y-%m-%d %H:%M"), **r.metrics.get("versions", {})}
-    listed = "".join(f"<dt>{html.escape(str(name))}</dt><dd>{html.escape(str(value))}</dd>"
+    listed = "".join(f"<dt>{escaped(str(name))}</dt><dd>{escaped(str(value))}</dd>"
                      for name, value in facts.items())
     return section("reproduce", "How to make this again",
-                   f'<pre class="scroll"><code>{html.escape(chr(10).join(commands))}</code></pre>',
+                   f'<pre class="scroll"><code>{escaped(chr(10).join(commands))}</code></pre>',
                    f'<dl class="facts">{listed}</dl>')
 
 
@@ -790,7 +831,7 @@ def write_report(
     """
     evals, tables, data_path, cache_dir, train_logs = map(Path, (evals, tables, data_path, cache_dir, train_logs))
     r = load(model, evals, data_path, cache_dir, subj, new_test, clip_images)
-    checkpoint = read_checkpoint(train_logs, model)
+    checkpoint = read_checkpoint(train_logs / model / "last.pth")
     flags = {"model_name": model, "data_path": data_path, "cache_dir": cache_dir, "evals": evals, "tables": tables,
              "train_logs": train_logs, "subj": subj, "new_test": new_test}  # fmt: skip
     command = command_line("report.py", flags, vars(parse([])) | {"cache_dir": data_path})
@@ -805,7 +846,7 @@ def write_report(
     ]
     parts = {name: make() for name, _, make in tqdm(steps, desc="report", unit="section", leave=False, delay=2)}
     links = navigation({name: title for name, title, _ in steps if parts[name]})
-    page = PAGE.substitute(title=html.escape(f"{model}: MindEye2 report"), style=STYLE, script=SCRIPT,
+    page = PAGE.substitute(title=escaped(f"{model}: MindEye2 report"), style=STYLE, script=SCRIPT,
                            body="\n".join([introduction(r), links, "<main>", *parts.values(), "</main>"]))
     path = evals / model / "report.html"
     with replacing(path) as temporary:

@@ -158,14 +158,15 @@ def load_data(args: argparse.Namespace) -> SimpleNamespace:
 
 def load_targets(args: argparse.Namespace, accelerator: Accelerator, sets: SimpleNamespace) -> SimpleNamespace:
     """The frozen networks, and what they say about every image in use (data.cache_targets)."""
+    used, images = [*sets.train, sets.test] + ([sets.val] if sets.val else []), data.Images(args.data_path)
+    rows = sorted({int(row) for part in used for row in part.trials.image})
+    images[rows[-1:]]  # before gigabytes are loaded: is the file whole, and has it all pictures?
     device = accelerator.device
     dtype = torch.float16 if device.type == "cuda" else torch.float32  # the original's, and what the cache holds
     frozen = {"clip": load_clip(args.cache_dir, device, dtype)}
     if args.blurry_recon:
         frozen["vae"] = load_vae(args.cache_dir, device, dtype)
         frozen["teacher"] = load_teacher(args.cache_dir, device, dtype)
-    used, images = [*sets.train, sets.test] + ([sets.val] if sets.val else []), data.Images(args.data_path)
-    rows = sorted({int(row) for part in used for row in part.trials.image})
     with accelerator.main_process_first():  # one process encodes, the others then find all rows done
         cached = data.cache_targets(images, args.cache_dir, rows, frozen, args.teacher_views, device)
     if args.in_memory:
@@ -425,14 +426,13 @@ def choose_sizes(args: argparse.Namespace) -> tuple[dict, dict | None]:
         import hub  # here: most runs need no hub
         with PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE).main_process_first():
             hub.fetch_model(path.name, path.parent, "--multisubject_ckpt")
-    checkpoint = networks.load_checkpoint(path, flag="--multisubject_ckpt")
-    known = networks.config_from_state_dict(checkpoint["model_state_dict"]) | checkpoint.get("config", {})
+    pretrained, known = networks.load_model(path, "--multisubject_ckpt")
     sizes |= {name: known[name] for name in sizes if name in known}
     for name, value in given.items():
         if value != sizes[name]:
             raise UserError(f"{args.multisubject_ckpt} was trained with --{name}={sizes[name]}, not {value}: leave "
                             f"--{name} out, or pretrain with --{name}={value}.")
-    return sizes, checkpoint["model_state_dict"]
+    return sizes, pretrained.state_dict()
 
 
 def build_model(args: argparse.Namespace, sizes: dict, pretrained: dict | None, num_voxels: list[int],
@@ -620,11 +620,11 @@ def resume(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNamesp
     else:
         state = networks.torch_load(path, "--model_name")
     now = vars(args) | {"processes": accelerator.num_processes}
-    for name, value in state.get("flags", {}).items():
-        if name not in FREE and now.get(name, value) != value:
-            raise UserError(f"{path} is of a run with --{name}={value}, not {now[name]}: pass that, or start another "
-                            "with --model_name.")
     with networks.reading(path, "--model_name"):
+        for name, value in state.get("flags", {}).items():
+            if name not in FREE and now.get(name, value) != value:
+                raise UserError(f"{path} is of a run with --{name}={value}, not {now[name]}: pass that, or start "
+                                "another with --model_name.")
         if not accelerator.state.deepspeed_plugin:
             bare.load_state_dict(state["model_state_dict"])
             run.optimizer.load_state_dict(state["optimizer_state_dict"])
@@ -632,6 +632,8 @@ def resume(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNamesp
         run.step, run.best = state["step"], state["best"]
         run.history = {name: [tuple(x) for x in values] for name, values in state["history"].items()}
         run.losses = list(state["train_losses"])
+        if not 0 < run.step == len(run.losses) <= args.num_epochs * run.steps:
+            raise ValueError(f"step {run.step} with the losses of {len(run.losses)} steps")
 
 
 @contextmanager

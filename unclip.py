@@ -51,7 +51,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from braceexpand import braceexpand
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -61,6 +60,7 @@ import data
 import frozen
 import judges
 import metrics
+import nsd
 import recon
 import refine
 from evaluate import VISION
@@ -168,7 +168,7 @@ def check_args(args: argparse.Namespace) -> None:
     args.base = args.base or str(folder if folder.exists() else folder.with_name(refine.SDXL_FILE))
     # Before a gigabyte is loaded: are they there? The released decoder may still be a file.
     released = Path(args.base).with_name(frozen.UNCLIP_FILE).exists() and Path(args.base).name == "unclip"
-    for flag, path in ((FLAG, args.base), *(("--images", path) for path in braceexpand(args.images))):
+    for flag, path in ((FLAG, args.base), *(("--images", path) for path in data.expanded(args.images))):
         if not Path(path).exists() and not (flag == FLAG and released):
             raise UserError(f"{path} does not exist: put it there, or name another with {flag}.")
 
@@ -303,7 +303,10 @@ def load_pictures(args: argparse.Namespace) -> SimpleNamespace:
     images = data.Images(args.images, args.resolution) if hdf5 else data.TarImages(args.images, args.resolution)
     rows, shared = np.arange(len(images)), Path(args.images).with_name("shared1000.npy")
     if hdf5 and shared.exists():  # NSD: what all subjects saw are the test images of every other stage
-        held_out = np.load(shared)[: len(rows)]
+        held_out = nsd.load_shared(shared.parent)[: len(rows)]
+        if len(held_out) < len(rows):
+            raise UserError(f"{shared} is of {len(held_out)} pictures, {args.images} has {len(rows)}: "
+                            "get both again into --data_path.")
         val, rows = rows[held_out], rows[~held_out]
     else:
         order = np.random.default_rng(0).permutation(rows)  # the same for all runs, so that they can be compared
@@ -523,10 +526,10 @@ def load_state(state: Path, accelerator: Accelerator, average: list[Tensor] | No
     with reading(state, "--model_name"):
         accelerator.load_state(str(state))
         progress = json.loads((state / "progress.json").read_text())
-    if average is not None:
-        for old, new in zip(average, torch_load(state / "average.pt", "--model_name"), strict=True):
-            old.copy_(new)
-    return progress["step"], {name: [tuple(x) for x in values] for name, values in progress["history"].items()}
+        if average is not None:
+            for old, new in zip(average, torch_load(state / "average.pt", "--model_name"), strict=True):
+                old.copy_(new)
+        return progress["step"], {name: [tuple(x) for x in values] for name, values in progress["history"].items()}
 
 
 def save_decoder(args: argparse.Namespace, unet, vae, scheduler) -> Path:

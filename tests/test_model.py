@@ -420,8 +420,9 @@ def test_unreadable_checkpoints_are_user_errors(tmp_path):
     torch.save({"weights": 1}, tmp_path / "last.pth")
     with pytest.raises(m.UserError, match="no model_state_dict"):
         m.load_checkpoint(tmp_path)
-    with pytest.raises(m.UserError, match="not of a MindEye2 model"):
-        m.config_from_state_dict({})
+    torch.save({"model_state_dict": {}}, tmp_path / "last.pth")
+    with pytest.raises(m.UserError, match=r"cannot be read \(KeyError: 'backbone.*--model_name"):
+        m.load_model(tmp_path)
 
 
 UNEVEN = TINY | {"hidden_dim": 15}  # its ridge has 270 numbers, which two ranks cannot share without padding

@@ -494,7 +494,7 @@ DAMAGE = {  # what was done: how, and what must be said of which file
     "images too few": (edit_h5(PICTURES, "images", lambda i: i[:15]),
                        r"wds/subj01: images: image \d+ is named, there are 15"),
     "images not square": (edit_h5(PICTURES, "images", lambda i: i[..., :60]),
-                          "64 x 60 pixels: the pictures are not square"),
+                          r"float16 \(108, 3, 64, 60\), not float \(n, 3, H, H\)"),
     "masks missing": (remove(MASKS), rf"{MASKS} is missing"),
     "masks of a subject": (lambda w: h5py.File(w / MASKS, "a").pop("subj01"), rf"{MASKS} has no 'subj01'"),
     "masks of a region": (edit_h5(MASKS, "subj01/V3", lambda m: None), "no region V3"),
