@@ -631,7 +631,7 @@ def resume(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNamesp
         run.scheduler.load_state_dict(state["lr_scheduler"])
         run.step, run.best = state["step"], state["best"]
         run.history = {name: [tuple(x) for x in values] for name, values in state["history"].items()}
-        run.losses = list(state["train_losses"])
+        run.losses = [float(loss) for loss in state["train_losses"]]
         if not 0 < run.step == len(run.losses) <= args.num_epochs * run.steps:
             raise ValueError(f"step {run.step} with the losses of {len(run.losses)} steps")
 

@@ -306,7 +306,7 @@ def main(argv: list[str] | None = None) -> list[SimpleNamespace]:
         write_world(folder, *((TINY, 28) if args.tiny else (TRUE, 340)))
         if args.only in (None, "training") and args.tiny:
             print(HEAD)
-            results = [training_row(number, folder, True, "") for number in range(len(ROWS))]
+            results = [training_row(number, folder, True, "") for number in range(3)]
         elif args.only in (None, "training"):
             training_table(folder, args.flags)
         if args.only in (None, "targets"):

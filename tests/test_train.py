@@ -356,14 +356,6 @@ def test_accelerate_launch(smoke_world, tmp_path):
     assert weights(tmp_path, "a")
 
 
-def test_two_processes(smoke_world, tmp_path):
-    done = launch(tmp_path, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py",
-                  f"--data_path={smoke_world}", "--model_name=a", "--multi_subject", *FAST, *SMALL, "--batch_size=7",
-                  "--num_epochs=2")
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert not any(key.startswith("module.") for key in weights(tmp_path, "a"))
-
-
 # ---- another dataset (README)
 
 def test_a_ninth_person_from_scans_to_pictures(world_copy, pretrained, tmp_path):
