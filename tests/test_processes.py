@@ -151,7 +151,7 @@ model.run_main(lambda: train.main(sys.argv[2:]))
 def test_when_one_process_is_killed_the_others_end(smoke_world, tmp_path):
     """The broken connection is an error of the next exchange, which is named; the launcher reports who died of what.
 
-    (accelerate launch hands over to the same launcher. Rarely, on a busy machine, it ends the others before they speak.)
+    (accelerate launch uses the same launcher. Rarely, on a busy machine, it ends the others before they speak.)
     """
     script = tmp_path / "dying.py"
     script.write_text(DYING)
