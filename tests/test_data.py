@@ -13,6 +13,8 @@ import h5py
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torchvision.transforms.v2.functional import adjust_hue
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -401,3 +403,13 @@ def test_teacher_views_do_not_depend_on_order_or_global_seed(world):
     assert not torch.equal(changed[:, 0], changed[:, 1])
     one = data.augmented(data.Images(world)[[3]], [3], 1)
     assert one.shape == (1, 3, 16, 16) and 0 <= one.min() and one.max() <= 1
+
+
+def test_recolouring_a_batch_is_torchvisions_of_each_picture():
+    images, turn = torch.rand(3, 3, 8, 8), torch.tensor([-.1, .03, .08])
+    hues = [adjust_hue(image, float(t)) for image, t in zip(images, turn, strict=True)]
+    assert (data.turned_hue(images, turn[:, None, None]) - torch.stack(hues)).abs().max() < 1e-5
+    corners = data.cropped(images, .25, torch.tensor([0., 1, 1]), torch.tensor([0., 0, 1]))  # left top, right top, ..
+    for corner, image, (top, left) in zip(corners, images, ((0, 0), (0, 4), (4, 4)), strict=True):
+        whole = F.interpolate(image[None, :, top : top + 4, left : left + 4], (8, 8), mode="bilinear")[0]
+        assert (corner - whole)[:, 1:-1, 1:-1].abs().max() < 1e-5  # at its border it sees the pixels beside, too

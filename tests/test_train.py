@@ -385,3 +385,24 @@ def test_a_weight_in_pieces_learns_as_the_whole():
             optimizer.step()
             optimizer.zero_grad()
     assert torch.equal(wide, twins[0]) and torch.equal(small, twins[1]) and wide.grad is None
+
+
+def test_targets_in_memory_are_those_of_the_disk(smoke_world, tmp_path, monkeypatch):
+    disk = run(smoke_world, tmp_path, "--model_name=a", "--num_epochs=1", *SMALL)
+    read, load = [], data.TargetCache.to_memory
+    monkeypatch.setattr(data.TargetCache, "to_memory", lambda cache, rows: read.append(cache.name) or load(cache, rows))
+    assert run(smoke_world, tmp_path, "--model_name=b", "--num_epochs=1", "--in_memory", *SMALL) == disk
+    assert read == ["clip", "vae", "teacher"]
+    monkeypatch.setattr(os, "sysconf", lambda name: 1)
+    with pytest.raises(UserError, match="takes .* bytes of memory, 1 are free: leave out --in_memory"):
+        run(smoke_world, tmp_path, "--model_name=b", "--num_epochs=1", "--in_memory", *SMALL)
+
+
+def test_without_cached_views_each_step_has_a_new_one(smoke_world, tmp_path, monkeypatch):
+    seen, low_level = [], train.low_level
+    monkeypatch.setattr(train, "low_level", lambda out, batch, *rest: (
+        seen.append((batch["features"], batch["features_aug"])), low_level(out, batch, *rest))[1])
+    run(smoke_world, tmp_path, "--num_epochs=3", "--teacher_views=0", *SMALL)
+    assert len(seen) >= 3 and all(plain.shape == changed.shape for plain, changed in seen)
+    ratios = [((changed - plain).norm() / plain.norm()).item() for plain, changed in seen]
+    assert all(0.01 < ratio < 2 for ratio in ratios) and len(set(ratios)) == len(ratios)
