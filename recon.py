@@ -433,9 +433,9 @@ def run_pass(name: str, folder: Path, batches: list[slice], state: PartialState,
     left = sum(batches[i].stop - batches[i].start for i in todo)
     with tqdm(total=done, initial=done - left, desc=name, unit="image", disable=not state.is_main_process) as bar:
         prepared = prefetch((prepare(batches[i]) for i in todo), state.device)
-        for i, ready in zip(todo, prepared, strict=True):
+        for i, made in zip(todo, prepared, strict=True):
             found = None if name == first else read_part(folder / f"{first}_{i:05d}.pt")
-            out = work(network, batches[i], found, *ready)
+            out = work(network, batches[i], found, *made)
             save(folder / f"{name}_{i:05d}.pt", {k: v.cpu() if isinstance(v, Tensor) else v for k, v in out.items()})
             bar.update(batches[i].stop - batches[i].start)
     del network
