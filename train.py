@@ -115,7 +115,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                    help="of AdamW's two numbers a weight: 8 saves 6 bytes a weight (13 GB of the paper's model) for "
                         "small GPUs; needs pip install torchao")
     p.add_argument("--compile", action=flag, default=False,
-                   help="torch.compile of the prior's layers on a GPU: faster steps, after ten seconds")
+                   help="torch.compile of the prior's layers on a GPU: faster steps, after half a minute")
     p.add_argument("--detect_anomaly", action=flag, default=False,
                    help="stop at the first operation whose gradient is NaN, and say which: to study, for it is slow; "
                         "not in the paper")
