@@ -604,7 +604,7 @@ def save(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNamespac
 def resume(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNamespace) -> None:
     """Put last.pth (or last/) in place, if there is one. Raises UserError if it is of a run that gives other numbers.
 
-    Data order and noise need no saving: they follow from seed, step and process (`seed_step`, data.epoch_batches).
+    Data order and noise need no saving: they follow from seed, step and process (`step_seed`, data.epoch_batches).
     """
     path, bare = run_folder(args) / "last.pth", accelerator.unwrap_model(run.model)
     if accelerator.state.deepspeed_plugin:
@@ -661,9 +661,9 @@ def stop_if_asked(args: argparse.Namespace, accelerator: Accelerator, run: Simpl
         raise SystemExit(128 + signal.SIGTERM)
 
 
-def seed_step(seed: int, step: int, rank: int) -> None:
+def step_seed(seed: int, step: int, rank: int) -> int:
     """All that a step draws follows from seed, step and process: a run that was killed goes on with the same."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -702,7 +702,7 @@ def train_epoch(args: argparse.Namespace, accelerator: Accelerator, run: SimpleN
     chosen = islice(run.batches(epoch), run.step - epoch * run.steps, None)
     fetched = (fetch(run.sets, run.targets, picked, args) for picked in chosen)
     for batch in data.prefetch(fetched, device, pin=True):
-        seed_step(args.seed, run.step, accelerator.process_index)
+        torch.manual_seed(step_seed(args.seed, run.step, accelerator.process_index))
         batch = encode(batch, run.targets, device)
         with accelerator.accumulate(run.model):  # processes exchange gradients, and the optimizer steps, only after
             run.parts = step_losses(args, accelerator, run.model, batch, mixing, temp)  # the last batch of a step

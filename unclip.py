@@ -66,7 +66,7 @@ import refine
 from evaluate import VISION
 from features import encode_all
 from model import UserError, reading, run_main, torch_load
-from train import eight_bit_adamw, ready_for_deepspeed, save_curves, start_accelerator
+from train import eight_bit_adamw, ready_for_deepspeed, run_folder, save_curves, start_accelerator, step_seed
 
 FLAG = "--base"
 GRID_COLUMNS = 12
@@ -464,10 +464,6 @@ def averaged(unet: nn.Module, parameters: list[nn.Parameter], average: list[Tens
         unet.train()
 
 
-def run_folder(args: argparse.Namespace) -> Path:
-    return Path(args.train_logs) / args.model_name
-
-
 # Flags that change none of a run's numbers beyond rounding, and so may change between a kill and going on.
 FREE = {"train_logs", "data_path", "cache_dir", "base", "vae", "gradient_checkpointing", "compile", "graph",
         "ckpt_interval", "draw_size", "steps", "scheduler", "guidance", "num_eval", "wandb_log", "wandb_project"}
@@ -764,8 +760,8 @@ def train_step(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNa
                step: int) -> Tensor:
     """One step on tokens (B, S, D), latents (B, 4, L, L) and numbers (B, 4); returns the loss ()."""
     # Noise follows from seed, step and process alone: a run that was killed goes on with the same.
-    seed = np.random.SeedSequence([args.seed, step, accelerator.process_index]).generate_state(1)
-    generator = torch.Generator(accelerator.device).manual_seed(int(seed[0]))
+    seed = step_seed(args.seed, step, accelerator.process_index)
+    generator = torch.Generator(accelerator.device).manual_seed(seed)
     shown = prepare(batch, run.alphas, args, run.vector_dim, generator, run.mean)
     run.lr = set_lr(run.optimizer, step, args)
     loss = run.update(**vars(shown))
