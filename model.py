@@ -73,16 +73,46 @@ def run_main(main: Callable[[], object]) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 # Brain model: ridge (2.1), backbone and its two heads (2.2)
 
-def uncast(linear: nn.Linear, x: Tensor) -> Tensor:
-    """A layer of many weights for few rows, whatever autocast says in the weights' own precision.
+class WideLinear(nn.Linear):
+    """A layer of many weights for few rows: reading and writing the weights is all its work. 4/5 of the model's are so.
 
-    Reading the weights is all its work, and four fifths of the model's are in such layers: autocast would write a copy
-    of them at each step, and another of their gradients.
+    Hence it computes in the weights' own precision, whatever autocast says: that would write a copy of them at each
+    step, and another of their gradients. With `exchanges_rows`, several processes exchange rows in place of gradients.
     """
-    if not linear.training:  # nothing to save, and --low_memory converts weights itself
-        return linear(x)
-    with torch.autocast(x.device.type, enabled=False):
-        return linear(x.to(linear.weight.dtype))
+    exchanges_rows = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:  # nothing to save, and --low_memory converts weights itself
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(self.weight.dtype)
+            return _RowsOfAll.apply(x, self.weight, self.bias) if self.exchanges_rows else super().forward(x)
+
+
+class _RowsOfAll(torch.autograd.Function):
+    """A linear layer whose gradients are the mean over all processes, as DDP's are.
+
+    A weight's gradient is gradients^T @ inputs, summed over rows: (O, B) @ (B, I). For the backbone's last layer that
+    is 7 GB to send at each step, where 42 rows of both are 72 MB: so send those, and multiply everyone's.
+    """
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        rows, grads = (gathered(t) for t in (x, grad / torch.distributed.get_world_size()))  # (W * B, I), (W * B, O)
+        return grad @ weight if ctx.needs_input_grad[0] else None, grads.T @ rows, grads.sum(0)
+
+
+def gathered(x: Tensor) -> Tensor:
+    """The rows (B, ..) of each of W processes, in their order: (W * B, ..), without a gradient."""
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format)
+             for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
 
 
 class RidgeRegression(nn.Module):
@@ -92,11 +122,11 @@ class RidgeRegression(nn.Module):
     """
     def __init__(self, num_voxels: list[int], hidden_dim: int) -> None:
         super().__init__()
-        self.linears = nn.ModuleList(nn.Linear(voxels, hidden_dim) for voxels in num_voxels)
+        self.linears = nn.ModuleList(WideLinear(voxels, hidden_dim) for voxels in num_voxels)
 
     def forward(self, voxels: Tensor, subject: int) -> Tensor:
         """(B, V) or (B, 1, V) z-scored voxels of one subject -> (B, h)."""
-        return uncast(self.linears[subject], voxels.flatten(1))  # (B, h)
+        return self.linears[subject](voxels.flatten(1))  # (B, h)
 
 
 def _mixer_block(width: int) -> nn.Sequential:
@@ -122,7 +152,7 @@ class Backbone(nn.Module):
         self.token_shape = (clip_seq_dim, clip_emb_dim)
         self.mixer_blocks1 = nn.ModuleList(_mixer_block(hidden_dim) for _ in range(n_blocks))
         self.mixer_blocks2 = nn.ModuleList(_mixer_block(seq_len) for _ in range(n_blocks))
-        self.backbone_linear = nn.Linear(hidden_dim * seq_len, clip_seq_dim * clip_emb_dim)
+        self.backbone_linear = WideLinear(hidden_dim * seq_len, clip_seq_dim * clip_emb_dim)
         # The retrieval head: its tokens meet CLIP only through the contrastive loss, apart from the prior's regression.
         layers = [(nn.LayerNorm(clip_emb_dim), nn.GELU(), nn.Linear(clip_emb_dim, clip_emb_dim)) for _ in range(3)]
         self.clip_proj = nn.Sequential(*(part for layer in layers for part in layer))
@@ -173,7 +203,7 @@ class Backbone(nn.Module):
     def forward(self, x: Tensor) -> SimpleNamespace:
         """x (B, h) or (B, seq_len, h) -> .backbone, .clip_voxels, .blurry_latents, .blurry_features (None if off)."""
         x = self._mix(x)                                                                  # (B, seq_len * h)
-        tokens = uncast(self.backbone_linear, x).unflatten(1, self.token_shape)           # (B, S, D)
+        tokens = self.backbone_linear(x).unflatten(1, self.token_shape)                   # (B, S, D)
         out = SimpleNamespace(backbone=tokens, clip_voxels=self.clip_proj(tokens))        # (B, S, D) each
         out.blurry_latents = out.blurry_features = None
         if self.blurry_recon:

@@ -35,7 +35,8 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import TensorBoardTracker, WandBTracker
-from accelerate.utils import InitProcessGroupKwargs, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs, set_seed
+from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms import v2
 from tqdm import tqdm
 
@@ -282,7 +283,7 @@ def lr_schedule(optimizer, kind: str, max_lr: float, epochs: int, steps: int):
         return torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=total)
     return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr, total_steps=max(3, total),
                                                pct_start=min(.5, 2 / epochs), final_div_factor=1000,
-                                               cycle_momentum=type(optimizer) is torch.optim.AdamW)
+                                               cycle_momentum=type(optimizer).__name__ != "AdamW8bit")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -386,9 +387,10 @@ def start_accelerator(args: argparse.Namespace, gradient_accumulation: int = 1) 
     if args.wandb_log:
         trackers.append(WandBTracker(args.wandb_project, name=args.model_name, config=vars(args)))
     half = "bf16" if torch.cuda.is_available() else "no"
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # no second copy of the gradients
     return Accelerator(mixed_precision=os.environ.get("ACCELERATE_MIXED_PRECISION", half), log_with=trackers,
                        project_dir=args.train_logs, gradient_accumulation_steps=gradient_accumulation,
-                       kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
+                       kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE), ddp])
 
 
 @contextmanager
@@ -404,12 +406,30 @@ def naming_lost_processes(accelerator: Accelerator) -> Iterator[None]:
                         "tells which one and how, and --resume goes on from the last checkpoint.") from error
 
 
-def ready_for_deepspeed(accelerator: Accelerator, network: torch.nn.Module, batch_size: int) -> None:
-    """Where DeepSpeed will wrap the network, tell it the batch size and keep its hands off autocast."""
+def exchange_rows(accelerator: Accelerator, model: MindEye2) -> None:
+    """With plain DDP, take the widest layers out of its hands: they exchange rows (model.WideLinear).
+
+    And the buffers, constants here, which it would send before each step.
+    """
+    if accelerator.distributed_type not in (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+        return
+    wide = {name: layer for name, layer in model.named_modules() if isinstance(layer, networks.WideLinear)}
+    for layer in wide.values():
+        layer.exchanges_rows = True
+        for parameter in layer.parameters():  # DDP does so for the others: all start from the first one's weights
+            torch.distributed.broadcast(parameter.data, 0)
+    parameters = [f"{name}.{part}" for name, layer in wide.items() for part, _ in layer.named_parameters()]
+    buffers = [name for name, _ in model.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, parameters + buffers)
+
+
+def ready_for_deepspeed(accelerator: Accelerator, network: torch.nn.Module, batch_size: int, clip: float = 0) -> None:
+    """Where DeepSpeed will wrap the network, tell it the batch size and keep its hands off gradients and autocast."""
     plugin = accelerator.state.deepspeed_plugin
     if not plugin:
         return
     plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = batch_size  # it is given no data loader to ask
+    plugin.deepspeed_config["gradient_clipping"] = clip  # 0: none, as in the paper's code; accelerate's default is 1
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
     if dtype:  # it turns autocast off around a network whose weights it halved: on again inside
         network.forward = torch.autocast(accelerator.device.type, dtype)(network.forward)
@@ -449,6 +469,7 @@ def build_model(args: argparse.Namespace, sizes: dict, pretrained: dict | None, 
     if args.use_prior:
         model.diffusion_prior.net.causal_transformer.checkpointing = args.gradient_checkpointing
     if args.compile:
+        torch._dynamo.config.optimize_ddp = False  # it would cut each layer where a bucket of gradients is full
         model.compile_blocks()
     return model
 
@@ -676,11 +697,15 @@ def set_up(args: argparse.Namespace, accelerator: Accelerator, sizes: dict, pret
     """
     sets = load_data(args)
     targets = load_targets(args, accelerator, sets)
-    model = build_model(args, sizes, pretrained, [part.voxels.shape[1] for part in sets.train], targets)
-    model.to(accelerator.device)
-    optimizer = adamw = make_optimizer(args, networks.parameter_groups(model), accelerator.device)
+    with accelerator.device:  # a GPU draws two billion first weights in no time
+        model = build_model(args, sizes, pretrained, [part.voxels.shape[1] for part in sets.train], targets)
+    optimizer = make_optimizer(args, networks.parameter_groups(model), accelerator.device)
     ready_for_deepspeed(accelerator, model, args.batch_size)
+    exchange_rows(accelerator, model)
     model, optimizer = accelerator.prepare(model, optimizer)
+    adamw = optimizer.optimizer
+    if accelerator.state.deepspeed_plugin:  # it may have put one of its own in place of ours
+        adamw = adamw.optimizer
 
     trials, rank, world = [part.trials for part in sets.train], accelerator.process_index, accelerator.num_processes
     share = max(1, args.batch_size // len(trials))  # trials a subject: 42 = 7 x 6

@@ -731,7 +731,7 @@ def set_up(args: argparse.Namespace, accelerator: Accelerator, base: SimpleNames
     if args.compile:
         unet.compile_repeated_blocks()
     optimizer = make_optimizer(parameters, args)
-    ready_for_deepspeed(accelerator, unet, args.batch_size)
+    ready_for_deepspeed(accelerator, unet, args.batch_size, MAX_GRAD_NORM)
     unet, optimizer = accelerator.prepare(unet, optimizer)
     run = SimpleNamespace(unet=unet, optimizer=optimizer, parameters=parameters, mean=None, lr=0.0,
                           average=[p.detach().float().clone() for p in parameters] if args.ema else None,

@@ -12,14 +12,20 @@ and AdamW / its copy rate, one after another.
 Targets: data.py's own pass over images, with the frozen networks at their true sizes, from the image file to caches in
 /dev/shm, so that it is not the disk that is measured. Pictures: tests/bench_recon.py and tests/bench_refine.py.
 
-    python tests/bench_gpu.py             an NVIDIA GPU of 80 GB; eight minutes
+Several processes (`--processes`): the same loop, the second row of ROWS, started by `accelerate launch` with the files
+of configs/ as they are, on one GPU and on several. "of linear": samples a second, by those of one GPU times the GPUs.
+
+    python tests/bench_gpu.py             an NVIDIA GPU of 80 GB; ten minutes
+    python tests/bench_gpu.py --processes several of them; needs pip install deepspeed
     python tests/bench_gpu.py --tiny      training and targets at the smallest sizes, on a CPU: does the script work?
 """
 
 import argparse
 import gc
+import json
 import math
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -33,7 +39,7 @@ from unittest import mock
 import numpy as np
 import open_clip
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.optimizer import AcceleratedOptimizer
 from diffusers import AutoencoderKL
 from torch import nn
@@ -57,6 +63,9 @@ ROWS = [
     ("pretraining, 1024 wide, `--gradient_checkpointing`",
      "--multi_subject --subj=8 --hidden_dim=1024 --batch_size=42 --gradient_checkpointing", 24, None, None),
 ]
+# File in configs/, more flags, steps to warm up and to time.
+SEVERAL = [("multi_gpu", "--compile", 16, 30), ("deepspeed_zero2", "", 8, 16), ("deepspeed_zero2_offload", "", 2, 4)]
+MEMORY = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}  # as README.md advises
 USABLE = 0.93  # of a card's memory: the driver and the libraries take some
 TRUE = SimpleNamespace(voxels=(15724, 14278, 15226, 13153, 13039, 17907, 12682, 14386), tokens=(256, 1664), pixels=224,
                        latents=28, features=49, flags="", images=1200)
@@ -186,8 +195,8 @@ def measure(folder: Path, size: SimpleNamespace, flags: str, warm: int, steps: i
         ):
             stack.enter_context(mock.patch.object(target, name, value))
         try:
-            train.main([f"--data_path={folder}", f"--train_logs={folder / 'logs'}", "--num_epochs=9", "--mixup_pct=1",
-                        "--ckpt_interval=9", "--no-ckpt_saving", *flags.split(), *size.flags.split()])
+            train.main([f"--data_path={folder}", f"--train_logs={folder / 'logs'}", "--num_epochs=99", "--mixup_pct=1",
+                        "--ckpt_interval=99", "--no-ckpt_saving", *flags.split(), *size.flags.split()])
         except Done:
             pass
     found.ms = 1000 * (clock[1] - clock[0]) / steps
@@ -246,10 +255,48 @@ def training_table(folder: Path, flags: str) -> None:
     torch.cuda.empty_cache()
     print(f"matrix products: {matmul / 1e12:.0f} TFLOP/s, copies: {copy / 1e12:.2f} TB/s, flags {flags}\n\n{HEAD}",
           flush=True)
-    memory = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}  # as README.md advises
     for number in range(len(ROWS)):
         subprocess.run([sys.executable, __file__, f"--row={number}", f"--folder={folder}", f"--flags={flags}"],
-                       env=os.environ | memory, check=True)
+                       env=os.environ | MEMORY, check=True)
+
+
+def launched_row(number: int, folder: Path, tiny: bool, flags: str, warm: int, steps: int) -> None:
+    """One of the processes that accelerate launched: the first writes what it measured to folder/row.json."""
+    found = measure(folder, TINY if tiny else TRUE, f"{ROWS[number][1]} {flags}", warm, steps)
+    if PartialState().is_main_process:
+        found.main_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        found.processes = PartialState().num_processes
+        (folder / "row.json").write_text(json.dumps(vars(found)))
+    PartialState().wait_for_everyone()
+
+
+def processes_table(folder: Path, tiny: bool, names: list[str]) -> list[dict]:
+    """Rows: each of `names`, files of configs/, on one GPU, on two, and so on to all that there are."""
+    print("| config | GPUs | batch | ms / step | samples / s | of linear | peak GiB a GPU (reserved) | "
+          "main memory of one process, GiB |\n|---|--:|--:|--:|--:|--:|--:|--:|", flush=True)
+    configs, rows, alone = Path(__file__).parents[1] / "configs", [], {}
+    counts = [2**i for i in range(4) if 2**i <= (2 if tiny else torch.cuda.device_count())]
+    for config, flags, warm, steps in [row for row in SEVERAL if row[0] in names]:
+        for count in counts:
+            file = config.replace("multi_gpu", "one_gpu") if count == 1 else config  # accelerate insists
+            launch = ["torch.distributed.run", "--standalone", f"--nproc_per_node={count}"] if tiny else [
+                "accelerate.commands.launch", f"--config_file={configs / file}.yaml", f"--num_processes={count}"]
+            steps_of = f"{1 if tiny else warm} {2 if tiny else steps}"
+            row = ["--row=1", f"--folder={folder}", f"--launched={steps_of}", f"--flags={'' if tiny else flags}"]
+            threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // count))}  # the launcher's default is 1
+            done = subprocess.run([sys.executable, "-m", *launch, __file__, *row, *["--tiny"] * tiny],
+                                  env=os.environ | MEMORY | threads)
+            if done.returncode:
+                print(f"| `{file}.yaml` | {count} | exit code {done.returncode} |", flush=True)
+                continue
+            row = json.loads((folder / "row.json").read_text())
+            rate = 1000 * row["processes"] * row["batch"] / row["ms"]
+            alone.setdefault(config, rate / count)
+            print(f"| `{file}.yaml` | {row['processes']} | {row['processes']} x {row['batch']} | {row['ms']:.1f} | "
+                  f"{rate:.0f} | {rate / count / alone[config]:.0%} | {row['peak']:.1f} ({row['reserved']:.1f}) | "
+                  f"{row['main_memory']:.1f} |", flush=True)
+            rows.append(row)
+    return rows
 
 
 def frozen_networks(tiny: bool) -> dict[str, nn.Module]:
@@ -295,7 +342,12 @@ def main(argv: list[str] | None = None) -> list[SimpleNamespace]:
     parser.add_argument("--only", choices=["training", "targets", "pictures"], help="one of the parts; none: all")
     parser.add_argument("--row", type=int, help="one of the training table, from 0, in this process; none: all")
     parser.add_argument("--folder", help="of the data that an earlier process wrote")
+    parser.add_argument("--processes", nargs="*", choices=[name for name, *_ in SEVERAL],
+                        help="the table of several GPUs, in place of the others; none named: all files of configs/")
+    parser.add_argument("--launched", help="steps to warm up and to time, in each of the processes of that table")
     args = parser.parse_args(argv)
+    if args.launched:
+        return launched_row(args.row, Path(args.folder), args.tiny, args.flags, *map(int, args.launched.split()))
     if args.row is not None:
         return [training_row(args.row, Path(args.folder), args.tiny, args.flags)]
     if not args.tiny:
@@ -304,6 +356,8 @@ def main(argv: list[str] | None = None) -> list[SimpleNamespace]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_world(folder, *((TINY, 28) if args.tiny else (TRUE, 340)))
+        if args.processes is not None:
+            return processes_table(folder, args.tiny, args.processes or [name for name, *_ in SEVERAL])
         if args.only in (None, "training") and args.tiny:
             print(HEAD)
             results = [training_row(number, folder, True, "") for number in range(3)]

@@ -29,7 +29,8 @@ from frozen import FrozenCLIP  # noqa: E402
 TRIALS = 8  # a step, of all processes together
 # name: processes, with --gather_negatives, groups within which one process contrasts
 RUNS = {"one": (1, False, 1), "two": (2, True, 1), "four": (4, True, 1),
-        "one of 2": (1, False, 2), "2 apart": (2, False, 1), "one of 4": (1, False, 4), "4 apart": (4, False, 1)}
+        "one of 2": (1, False, 2), "2 apart": (2, False, 1), "one of 4": (1, False, 4), "4 apart": (4, False, 1),
+        "zero2": (2, False, 1), "offload": (2, False, 1)}  # these two by accelerate launch, with DeepSpeed
 
 
 def draw_by_trial() -> None:
@@ -42,11 +43,12 @@ def draw_by_trial() -> None:
     def by_tokens(self, backbone, target, **given):
         if not self.training:
             return loss(self, backbone, target, **given)
-        draws = [np.random.default_rng(np.frombuffer(x.numpy().tobytes(), np.uint8)) for x in target]
+        draws = [np.random.default_rng(np.frombuffer(x.cpu().numpy().tobytes(), np.uint8)) for x in target]
         times = torch.tensor([int(rng.integers(self.timesteps)) for rng in draws])
         noise = torch.stack([torch.from_numpy(rng.standard_normal(target[0].shape, np.float32)) for rng in draws])
         keep = tuple(torch.tensor([bool(rng.random() < .8) for rng in draws]) for _ in range(2))
-        return loss(self, backbone, target, times, noise, keep)
+        on = target.device
+        return loss(self, backbone, target, times.to(on), noise.to(on), tuple(flags.to(on) for flags in keep))
 
     networks.mixco, networks.DiffusionPrior.loss = by_voxels, by_tokens
     torch.nn.Dropout.forward = lambda self, x: x
@@ -85,11 +87,9 @@ def note_writing(folder: Path, writes: list) -> None:
     sys.addaudithook(hook)
 
 
-def one_process(folder: Path, name: str, rank: int, port: int, flags: list[str]) -> None:
+def one_process(folder: Path, name: str, rank: int, flags: list[str]) -> None:
     """Train as process `rank` of the run, and write its record: trials of each step, images encoded, files written."""
     world, gathering, groups = RUNS[name]
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                   "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)} if world > 1 else {}
     record = {"trials": [], "encoded": 0, "writes": []}
     fetch, tokens = train.fetch, FrozenCLIP.tokens
 
@@ -112,17 +112,23 @@ def one_process(folder: Path, name: str, rank: int, port: int, flags: list[str])
 
 
 def main(folder: Path, names: list[str], flags: list[str]) -> None:
+    if "RANK" in os.environ:  # one of several that were launched
+        return one_process(folder, names[0], int(os.environ["RANK"]), flags)
     extract_model_from_parallel(torch.nn.Identity())  # accelerate imports DeepSpeed here: once, before the forks
     for name in names:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         children = []
-        for rank in range(RUNS[name][0]):
+        world = RUNS[name][0]
+        for rank in range(world):
             if not (child := os.fork()):
                 code = 1
+                if world > 1:
+                    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
+                                   "MASTER_PORT": str(port), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
                 try:
-                    one_process(folder, name, rank, port, flags)
+                    one_process(folder, name, rank, flags)
                     code = 0
                 except BaseException:
                     sys.excepthook(*sys.exc_info())

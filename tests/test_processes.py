@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from test_train import ROOT, SMALL, arguments, launch, run
 
 import data
@@ -92,6 +93,32 @@ def test_batches_of_all_processes_show_no_image_twice():
         return [np.concatenate([chosen for rank in ranks for chosen in rank[step]]) for step in range(3)]
     assert all(len(set(trials.image[chosen])) == 8 for chosen in steps(together=True))
     assert not all(len(set(trials.image[chosen])) == 8 for chosen in steps())
+
+
+def test_wide_layers_exchange_rows_and_leave_no_gradient_to_ddp(monkeypatch):
+    """Two processes, of which this is the second: DDP is told to keep away, and the mean gradient is that of all rows.
+    """
+    sent, two = [], SimpleNamespace(distributed_type=DistributedType.MULTI_GPU)
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda x, source: sent.append((x.data_ptr(), source)))
+    model = networks.MindEye2([5, 7], 6, 1, 2, 3, 4, use_prior=False)
+    train.exchange_rows(SimpleNamespace(distributed_type=DistributedType.NO), model)
+    assert not sent and not model.ridge.linears[0].exchanges_rows
+    train.exchange_rows(two, model)
+    wide = {name: p for name, p in model.named_parameters() if name.startswith(("ridge", "backbone.backbone_linear"))}
+    assert {name for name, _ in model.named_parameters()} & set(model._ddp_params_and_buffers_to_ignore) == set(wide)
+    assert sent == [(p.data_ptr(), 0) for p in wide.values()]  # all start from the first process's
+
+    x, others = torch.randn(4, 5, requires_grad=True), torch.randn(4, 5)
+    grad, theirs = torch.randn(4, 6), torch.randn(4, 6)
+    exchanged = iter([others, theirs / 2])
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_gather",
+                        lambda parts, own: (parts[0].copy_(next(exchanged)), parts[1].copy_(own)))
+    layer = model.ridge.linears[0]
+    layer(x).backward(grad)
+    torch.testing.assert_close(layer.weight.grad, (theirs.T @ others + grad.T @ x.detach()) / 2)
+    torch.testing.assert_close(layer.bias.grad, (theirs.sum(0) + grad.sum(0)) / 2)
+    torch.testing.assert_close(x.grad, grad @ layer.weight)
 
 
 def test_a_bad_loss_of_another_process_stops_all():
