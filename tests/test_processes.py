@@ -18,6 +18,7 @@ from test_train import ROOT, SMALL, arguments, launch, run
 
 import data
 import model as networks
+import processes
 import train
 from model import UserError
 
@@ -169,11 +170,11 @@ def test_when_one_process_is_killed_the_others_end(smoke_world, tmp_path):
 
 def test_other_errors_keep_their_traceback():
     two = SimpleNamespace(num_processes=2)
-    with pytest.raises(RuntimeError, match="shapes"), train.naming_lost_processes(two):
+    with pytest.raises(RuntimeError, match="shapes"), processes.naming_lost(two, "--resume."):
         raise RuntimeError("shapes do not fit")
     for error in (RuntimeError("[gloo/transport/tcp/pair.cc:561] Connection closed"),
                   torch.distributed.DistBackendError("NCCL")):
-        with pytest.raises(UserError, match="another process"), train.naming_lost_processes(two):
+        with pytest.raises(UserError, match="another process"), processes.naming_lost(two, "--resume."):
             raise error
 
 
