@@ -14,17 +14,14 @@ from pathlib import Path
 
 import torch
 
+# Errors that say it in words only: HDF5's, safetensors', and numpy's two.
+FULL = ("No space left", "quota exceeded", "Not enough free space", "requested and")
+
 
 def is_disk_full(error: BaseException | None) -> bool:
-    """Whether an error, or one that led to it, says that the disk or the user's share of it is full.
-
-    Writers differ: PyTorch and pictures hide the error in another one, HDF5 and safetensors tell it in words only,
-    numpy counts what it could not write.
-    """
+    """Whether an error, or one behind it (as in PyTorch's), says that the disk, or the user's share of it, is full."""
     while error is not None:
-        words = str(error)
-        if (getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in words
-                or "quota exceeded" in words or "requested and" in words and words.endswith("written")):
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(words in str(error) for words in FULL):
             return True
         error = error.__context__
     return False

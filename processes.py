@@ -61,8 +61,7 @@ def asked_to_stop(accelerator: Accelerator, run: SimpleNamespace, now: bool) -> 
     return accelerator.reduce(torch.tensor(float(run.stop), device=accelerator.device)).item() > 0
 
 
-def end_of_sigterm(accelerator: Accelerator, run: SimpleNamespace) -> SystemExit:
+def end_of_sigterm(accelerator: Accelerator) -> SystemExit:
     """What to raise after saving: the exit code by which slurm knows that the signal ended the process."""
-    run.bar.close()
     accelerator.end_training()
     return SystemExit(128 + signal.SIGTERM)

@@ -630,7 +630,7 @@ def stop_if_asked(args: argparse.Namespace, accelerator: Accelerator, run: Simpl
     if processes.asked_to_stop(accelerator, run, now=run.step % run.steps == 0):
         gather_losses(args, accelerator, run)
         save(args, accelerator, run)
-        raise processes.end_of_sigterm(accelerator, run)
+        raise processes.end_of_sigterm(accelerator)
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
@@ -716,14 +716,13 @@ def train(args: argparse.Namespace, accelerator: Accelerator, sizes: dict, pretr
     accelerator.init_trackers(args.model_name)
     run.bar = tqdm(total=args.num_epochs * run.steps, initial=run.step, desc=args.model_name,
                    disable=not accelerator.is_main_process)
-    with processes.noting_sigterm(run):
+    with processes.noting_sigterm(run), run.bar:
         for epoch in range(run.step // run.steps, args.num_epochs):
             if run.step:
                 stop_if_asked(args, accelerator, run)
             train_epoch(args, accelerator, run, epoch, epoch < mixco_epochs, temps[epoch])
             if epoch % args.ckpt_interval == 0 or epoch == args.num_epochs - 1:
                 report(args, accelerator, run)
-    run.bar.close()
     if accelerator.is_main_process and run.last:  # a finished run that is resumed has nothing new to show
         save_curves(run_folder(args), run.history)
         save_samples(run_folder(args), run.last, run.targets)

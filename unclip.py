@@ -794,7 +794,7 @@ def learn(args: argparse.Namespace, accelerator: Accelerator, base: SimpleNamesp
                    disable=not accelerator.is_main_process)
     rows = batches(pictures.train, args, run.step, accelerator.process_index, accelerator.num_processes)
     fetched = (fetch(sources, chosen) for chosen in rows)
-    with processes.noting_sigterm(run):
+    with processes.noting_sigterm(run), run.bar:
         for batch in data.prefetch(fetched, device):
             run.losses.append(train_step(args, accelerator, run, encode(sources, batch, device), run.step))
             run.step += 1
@@ -806,8 +806,7 @@ def learn(args: argparse.Namespace, accelerator: Accelerator, base: SimpleNamesp
                 if not reported:
                     mean_loss(args, run)
                     save_state(args, accelerator, run)
-                raise processes.end_of_sigterm(accelerator, run)
-    run.bar.close()
+                raise processes.end_of_sigterm(accelerator)
     accelerator.free_memory()  # or the optimizer would stay on the GPU
     return run.history
 
