@@ -332,7 +332,8 @@ def save_curves(folder: Path, history: dict[str, list[tuple[int, float]]]) -> No
         axis.set(title=name, xlabel="step")
         axis.title.set_size(9)
     figure.tight_layout()
-    figure.savefig(folder / "curves.png", dpi=100)
+    with files.replacing(folder / "curves.png") as temporary:
+        figure.savefig(temporary, dpi=100, format="png")
     plt.close(figure)
 
 
@@ -350,7 +351,8 @@ def save_samples(folder: Path, last: dict, targets: SimpleNamespace) -> None:
             axis.imshow(picture.permute(1, 2, 0).numpy())
             axis.axis("off")
     figure.tight_layout(pad=.2)
-    figure.savefig(folder / "samples.png", dpi=100)
+    with files.replacing(folder / "samples.png") as temporary:
+        figure.savefig(temporary, dpi=100, format="png")
     plt.close(figure)
 
 
