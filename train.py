@@ -371,6 +371,9 @@ def check_args(args: argparse.Namespace) -> None:
     for name in ("num_epochs", "batch_size", "num_sessions", "ckpt_interval", "gradient_accumulation"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name}={getattr(args, name)} must be at least 1.")
+    if args.optimizer_bits == 8 and os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16":
+        raise UserError("--optimizer_bits=8 does not know fp16's loss scaler: leave it out, or launch with "
+                        "--mixed_precision=bf16.")
     if args.teacher_views < 0:
         raise UserError(f"--teacher_views={args.teacher_views} must be at least 0.")
 
@@ -517,11 +520,15 @@ def report(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNamesp
     accelerator.wait_for_everyone()
 
 
+LEAST_SCALE = 1e-4  # of fp16's losses, from 65536 halved 30 times: an overflow ends sooner, a gradient of NaN never
+
+
 def gather_losses(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNamespace) -> None:
     """Move this process's run.fresh, tensors, to run.losses: numbers, each the mean of all processes.
 
     This is the one look at the losses an interval: reading each would make a step wait for the GPU. Raises UserError,
-    in every process, that tells which trials the first loss that is no number came of.
+    in every process, that tells which trials the first loss that is no number came of; or that no scale of the losses
+    makes fp16's gradients finite, so that each step is skipped.
     """
     if not run.fresh:
         return
@@ -535,6 +542,10 @@ def gather_losses(args: argparse.Namespace, accelerator: Accelerator, run: Simpl
                          for part, chosen in zip(run.sets.train, picked, strict=True))
         raise UserError(f"The loss became {losses[process, place].item()} in epoch {epoch}, step {step} (image rows of "
                         f"{rows}): lower --max_lr (now {args.max_lr}). The checkpoint before it is kept.")
+    if accelerator.scaler and accelerator.scaler.get_scale() < LEAST_SCALE:
+        raise UserError(f"fp16's loss scaler came down to {accelerator.scaler.get_scale():.1e} by epoch "
+                        f"{(run.step - 1) // run.steps}, and gradients are infinite still: lower --max_lr (now "
+                        f"{args.max_lr}), or use bf16. The checkpoint before it is kept.")
     run.losses += losses.mean(0).tolist()
     run.fresh.clear()
 
@@ -554,7 +565,7 @@ def run_folder(args: argparse.Namespace) -> Path:
 
 def all_flags(args: argparse.Namespace, accelerator: Accelerator) -> dict:
     """What a checkpoint keeps of the flags that a run was started with."""
-    return vars(args) | {"num_processes": accelerator.num_processes}
+    return vars(args) | {"num_processes": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision}
 
 
 def refuse_other_flags(path: Path, theirs: dict, ours: dict, free: set[str]) -> None:
@@ -580,7 +591,8 @@ def save(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNamespac
     if not args.ckpt_saving:
         return
     history = {name: [value for _, value in values] for name, values in run.history.items()}
-    state = dict(lr_scheduler=run.scheduler.state_dict(), train_losses=run.losses,
+    scaler = {"scaler": accelerator.scaler.state_dict()} if accelerator.scaler else {}  # of fp16
+    state = dict(scaler, lr_scheduler=run.scheduler.state_dict(), train_losses=run.losses,
                  test_losses=history.get("test/loss_prior", []), lrs=history.get("train/lr", []), history=run.history,
                  best=run.best, **about(args, accelerator, run))
     last = run_folder(args) / "last.pth"
@@ -620,6 +632,8 @@ def resume(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNamesp
             bare.load_state_dict(state["model_state_dict"])
             run.optimizer.load_state_dict(state["optimizer_state_dict"])
         run.scheduler.load_state_dict(state["lr_scheduler"])
+        if accelerator.scaler:
+            accelerator.scaler.load_state_dict(state["scaler"])
         run.step, run.best = state["step"], state["best"]
         run.history = {name: [tuple(x) for x in values] for name, values in state["history"].items()}
         run.losses = [float(loss) for loss in state["train_losses"]]
@@ -684,7 +698,7 @@ def train_epoch(args: argparse.Namespace, accelerator: Accelerator, run: SimpleN
             accelerator.backward(loss)
             run.optimizer.step()
             run.optimizer.zero_grad()
-        if accelerator.sync_gradients:
+        if accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:  # by fp16's loss scaler
             run.scheduler.step()
         run.fresh.append(loss.detach())
         run.step += 1

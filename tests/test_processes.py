@@ -99,7 +99,7 @@ def test_batches_of_all_processes_show_no_image_twice():
 def test_a_bad_loss_of_another_process_stops_all():
     """Else the first process would save weights that a gradient of the second has spoilt."""
     trials, losses = data.Trials(3, np.arange(10, 16), np.arange(6), np.ones(6, int)), torch.tensor([5., 7.])
-    two = SimpleNamespace(num_processes=2, gather=lambda own: torch.cat((own, losses)))
+    two = SimpleNamespace(num_processes=2, gather=lambda own: torch.cat((own, losses)), scaler=None)
     run = SimpleNamespace(steps=3, losses=[9.], fresh=[torch.tensor(1.), torch.tensor(2.)],
                           batches=lambda epoch, process: iter([[np.array([3 * process + step])] for step in range(3)]),
                           sets=SimpleNamespace(train=[SimpleNamespace(trials=trials)]))

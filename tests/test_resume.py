@@ -112,6 +112,56 @@ train.main(sys.argv[2:])
     assert not list(last.parent.glob("*.tmp")) and same(weights(tmp_path, "a"), weights(folder, "a"))
 
 
+def test_fp16_overflow_follows_the_loss_scaler_also_after_a_kill(smoke_world, tmp_path, monkeypatch):
+    """PyTorch's own scaler, on float32 (accelerate gives a CPU neither it nor half precision): its first scale, 1e38,
+    is too large for any gradient. That step changes no weight, and the schedule does not count it.
+    """
+    start, adamw, stepped = train.start_accelerator, torch.optim.AdamW.step, []
+
+    def fp16(*given):
+        accelerator = start(*given)
+        accelerator.scaler = torch.amp.GradScaler("cpu", 1e38, backoff_factor=1e-34, growth_interval=2)
+        return accelerator
+
+    def killed():
+        raise Killed
+    monkeypatch.setattr(train, "start_accelerator", fp16)
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *x: stepped.append(1) or adamw(self, *x))
+    run(smoke_world, tmp_path / "whole", *FLAGS)
+    whole = networks.load_checkpoint(tmp_path / "whole/train_logs/a")
+    count = whole["step"]
+    assert len(stepped) == whole["lr_scheduler"]["last_epoch"] == count - 1 == len(whole["train_losses"]) - 1
+    assert whole["scaler"]["scale"] == pytest.approx(1e4 * 2 ** ((count - 1) // 2))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        stop_before(patch, count - 1, killed)
+        run(smoke_world, tmp_path, *FLAGS)
+    run(smoke_world, tmp_path, *FLAGS)
+    again = networks.load_checkpoint(tmp_path / "train_logs/a")
+    assert same(again["model_state_dict"], whole["model_state_dict"]) and again["scaler"] == whole["scaler"]
+
+
+def test_gradients_that_no_scale_makes_finite_stop_it(smoke_world, tmp_path, monkeypatch):
+    """A finite loss whose gradient is NaN: each step would be skipped for ever."""
+    start, losses = train.start_accelerator, train.step_losses
+
+    def fp16(*given):
+        accelerator = start(*given)
+        accelerator.scaler = torch.amp.GradScaler("cpu", 2e-4)
+        return accelerator
+
+    def spoilt(*given):
+        out = losses(*given)
+        return out | {"clip": out["clip"] + (0 * out["clip"]).sqrt()}
+    monkeypatch.setattr(train, "start_accelerator", fp16)
+    monkeypatch.setattr(train, "step_losses", spoilt)
+    with pytest.raises(UserError, match="loss scaler came down to .*e-05 by epoch 0.*--max_lr"):
+        run(smoke_world, tmp_path, *FLAGS)
+    assert not (tmp_path / "train_logs/a/last.pth").exists()
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(UserError, match="--optimizer_bits=8 does not know"):
+        run(smoke_world, tmp_path, "--optimizer_bits=8")
+
+
 def test_without_the_flag_it_starts_over_and_a_finished_run_is_left_alone(smoke_world, tmp_path, monkeypatch):
     flags, steps, losses = ["--model_name=a", "--num_epochs=1", *SMALL], [], train.step_losses
     monkeypatch.setattr(train, "step_losses", lambda *given: steps.append(1) or losses(*given))
