@@ -13,7 +13,6 @@ missing or damaged. Letters as in model.py: B samples, S tokens of D channels, L
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import shutil
@@ -35,6 +34,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from tqdm import tqdm
 from transformers import AutoTokenizer, ConvNextModel, GitForCausalLM, PreTrainedTokenizerBase
 
+from files import is_disk_full
 from model import UserError, reading, torch_load
 
 
@@ -430,7 +430,7 @@ def convert_unclip(checkpoint: Path, folder: Path, dtype: torch.dtype = torch.fl
         (building / "model_index.json").write_text(json.dumps({"output_scale": 0.8, "output_shift": 0.2}))
         building.rename(folder)
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if is_disk_full(error):
             raise
         mend = f"name a folder where you may write, with a link to {checkpoint.name} beside it, with --unclip"
         raise UserError(f"{building} cannot be written ({error.strerror or error}): {mend}.") from error
