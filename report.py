@@ -36,7 +36,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from arrays import load_array, load_scores, load_texts
-from data import Images, load_trials, repeats, replacing, resized
+from data import Images, load_trials, repeats, resized
+from files import replacing
 from frozen import load_clip
 from model import UserError, reading, run_main, torch_load
 

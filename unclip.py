@@ -705,7 +705,7 @@ def table9(args: argparse.Namespace, accelerator: Accelerator, folder: Path, sou
     drawn = recon.collect(run / "drawn", ["drawn"], len(parts))["drawn"]
     seen = torch.cat([(sources.images[rows[part]] * 255).round().to(torch.uint8) for part in parts])
     scores = score(seen, drawn, args, device)
-    with data.replacing(run / "table9.csv") as temporary, open(temporary, "w", newline="") as file:
+    with files.replacing(run / "table9.csv") as temporary, open(temporary, "w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["metric", "yours", "paper", "judge", "pictures"])
         table.writerows([row, round(value, 6), PAPER[row], judge, len(rows)] for row, (value, judge) in scores.items())

@@ -48,10 +48,8 @@ FAST = "--scheduler=dpm --steps=2 --guidance=1".split()
 
 # ---- the world, and a copy of it
 
-@pytest.fixture(scope="module")
-def shared(smoke_world, tmp_path_factory):
-    """A folder with data/, raw/, logs/tiny and evals/tiny as the stages leave them; its files must never change."""
-    folder = tmp_path_factory.mktemp("hostile")
+def make_shared(smoke_world: Path, folder: Path) -> None:
+    """data/, raw/, logs/tiny and evals/tiny as the stages leave them."""
     shutil.copytree(smoke_world, folder / "data")
     make_raw(folder / "raw")
     with pytest.MonkeyPatch.context() as patch:
@@ -69,6 +67,13 @@ def shared(smoke_world, tmp_path_factory):
     config = UNET | {"class_embed_type": "projection", "cross_attention_dim": 64, "addition_embed_type": None,
                      "projection_class_embeddings_input_dim": 16}
     (folder / "tiny.json").write_text(json.dumps(config))
+
+
+@pytest.fixture(scope="module")
+def shared(smoke_world, tmp_path_factory):
+    """`make_shared`'s folder; its files must never change."""
+    folder = tmp_path_factory.mktemp("hostile")
+    make_shared(smoke_world, folder)
     before = snapshot(folder)
     yield folder
     assert snapshot(folder) == before
@@ -700,6 +705,15 @@ def test_captions_are_shown_as_text(shared, tmp_path, monkeypatch):
     assert "<script>alert" not in page and "<img src=x" not in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page and "&amp;amp; &#x27;quoted&#x27;" in page
     assert [c for c in set(page) if not c.isprintable() and c not in "\n\t"] == []
+
+
+def test_the_printed_table_says_what_is_said(shared, tmp_path):
+    from bench_hostile import ending  # here: it imports this file
+    for case in (CASES[0], next(case for case in CASES if case.stage is data)):
+        folder = tmp_path / case.stage.__name__
+        shutil.copytree(shared, folder, copy_function=os.link)
+        code, said = ending(case, folder)
+        assert code == 2 and all(word in said for word in case.words) and str(tmp_path) not in said
 
 
 def test_there_are_many_cases_and_no_two_alike():
