@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 from test_refine import UNET  # noqa: E402
@@ -37,8 +38,8 @@ FAST = "--scheduler=dpm --steps=2 --guidance=1".split()
 RECON = [*PLACES, *FAST, "--prior_steps=2", "--batch_size=6", "--no-blurry_recon", "--no-captions"]
 REFINE = [*PLACES[:2], PLACES[3], "--steps=2", "--batch_size=6", "--prompt=empty", "--guidance=1"]
 EVALUATE = [*PLACES, "--tables={folder}/tables", "--cache_dir={folder}/cache"]  # where are no judges: no features
-SIZES = "--hidden_dim=16 --prior_depth=1 --prior_dim_head=16 --num_epochs=1 --batch_size=8 --teacher_views=1".split()
-TRAIN = [*PLACES[:1], *PLACES[2:], "--cache_dir={folder}/cache", "--no-blurry_recon", *SIZES]
+SIZES = "--hidden_dim=16 --prior_depth=1 --prior_dim_head=16 --num_epochs=2 --batch_size=8 --ckpt_interval=1".split()
+TRAIN = [*PLACES[:1], *PLACES[2:], "--cache_dir={folder}/cache", "--no-blurry_recon", "--resume", *SIZES]
 DECODER = [*PLACES[:1], PLACES[2], *FAST, "--num_steps=9", "--batch_size=2", "--num_val=4", "--num_eval=0",
            "--base={folder}/tiny.json", "--vae={world}/vae", "--resolution=64"]
 
@@ -46,7 +47,7 @@ DECODER = [*PLACES[:1], PLACES[2], *FAST, "--num_steps=9", "--batch_size=2", "--
 KILLED = {
     "toy.py": (lambda flags: toy.build_world(Path(flags[0]), toy.SMOKE), ["{folder}/toy"], "toy",
                ["subj04/train/0.tar"]),
-    "train.py": (train.main, TRAIN, "cache/targets", ["rows of the cache"]),
+    "train.py": (train.main, TRAIN, "cache/targets logs/a/last.pth", ["rows of the cache", "last.pth"]),
     "recon.py": (recon.main, RECON, "evals", ["recons_00001.pt", "a_all_recons.pt"]),
     "refine.py": (refine.main, REFINE, "evals", ["refined_00001.pt", "a_all_enhancedrecons.pt"]),
     "evaluate.py": (evaluate.main, EVALUATE, "evals tables", ["a_metrics.json", "report.html"]),
@@ -65,7 +66,7 @@ def die_at(place: str) -> None:
     rename, put = os.replace, data.put_rows
 
     def dying(source, target):
-        if str(target).endswith(place):
+        if str(target).endswith(place) and (place != "last.pth" or os.path.exists(target)):  # the second one
             die()
         rename(source, target)
 
@@ -107,9 +108,20 @@ def ended(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def content(folder: Path, places: str) -> dict[str, str]:
-    files = sorted(path for place in places.split() for path in (folder / place).rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): path.read_bytes().hex() for path in files}
+def values(x: object) -> object:
+    """What a checkpoint holds. Its bytes may differ where that is the same: pickle writes once what is one object."""
+    if isinstance(x, dict):
+        return {str(name): values(part) for name, part in x.items()}
+    if isinstance(x, list | tuple):
+        return [values(part) for part in x]
+    return x.numpy().tobytes().hex() if isinstance(x, torch.Tensor) else repr(x)
+
+
+def content(folder: Path, places: str) -> dict[str, object]:
+    files = sorted(path for place in places.split() for path in [folder / place, *(folder / place).rglob("*")]
+                   if path.is_file())
+    return {str(path.relative_to(folder)): values(model.load_checkpoint(path)) if path.name == "last.pth"
+            else path.read_bytes().hex() for path in files}
 
 
 def remainders(folder: Path) -> list[str]:
@@ -128,16 +140,18 @@ def kill(folder: Path, world: Path, name: str) -> dict:
         (folder / path).unlink()
     if name == "toy.py":
         shutil.rmtree(folder / "toy")
-    left = []  # remainders after each
+    left, epoch = [], None  # remainders after each; how far the checkpoint came
     for place in kills:
         codes.append(ended(forked(lambda: stage(flags), errors, lambda place=place: die_at(place))))
         left.append(remainders(folder))
+        if place == "last.pth":
+            epoch = model.load_checkpoint(folder / "logs/a")["epoch"]
     codes.append(ended(forked(lambda: stage(flags), errors)))
     left.append(remainders(folder))
     again = content(folder, places)
     different = [path for path in whole.keys() | again.keys() if whole.get(path) != again.get(path)]
     return {"codes": codes, "kills": len(kills), "left": left, "different": different, "files": len(whole),
-            "said": errors.read_text()[-2000:]}
+            "epoch": epoch, "said": errors.read_text()[-2000:]}
 
 
 def lose(folder: Path, world: Path, name: str) -> dict:

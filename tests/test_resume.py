@@ -2,13 +2,11 @@
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from test_train import SMALL, arguments, run, weights
+from test_train import SMALL, run, weights
 
 import model as networks
 import train
@@ -83,33 +81,6 @@ def test_sigterm_saves_at_once(smoke_world, tmp_path, never_killed, monkeypatch,
     assert networks.load_checkpoint(tmp_path / "train_logs/a")["step"] == step + 1
     assert run(smoke_world, tmp_path, *FLAGS) == history
     assert same(weights(tmp_path, "a"), weights(folder, "a")) and len(seen) == 3 * steps_an_epoch(folder)
-
-
-def test_sigkill_while_saving_keeps_the_earlier_file(smoke_world, tmp_path, never_killed):
-    folder, _ = never_killed
-    code = """
-import os, signal, sys
-import torch
-import train
-step = train.step_losses
-def losses(*given):
-    def save(value, file):
-        file.write(b"half")
-        file.flush()
-        os.kill(os.getpid(), signal.SIGKILL)
-    if os.path.exists(sys.argv[1]):
-        torch.save = save
-    return step(*given)
-train.step_losses = losses
-train.main(sys.argv[2:])
-"""
-    last = tmp_path / "train_logs/a/last.pth"
-    ended = subprocess.run([sys.executable, "-c", code, last, *arguments(smoke_world, tmp_path, *FLAGS)], cwd=ROOT,
-                           capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
-    assert ended.returncode == -signal.SIGKILL, ended.stderr
-    assert list(last.parent.glob("*.tmp")) and networks.load_checkpoint(last)["epoch"] == 0
-    run(smoke_world, tmp_path, *FLAGS)
-    assert not list(last.parent.glob("*.tmp")) and same(weights(tmp_path, "a"), weights(folder, "a"))
 
 
 def test_fp16_overflow_follows_the_loss_scaler_also_after_a_kill(smoke_world, tmp_path, monkeypatch):
