@@ -21,7 +21,8 @@ Tokens and latents of each picture are computed once and kept (data.TargetCache)
           --base: SDXL, a folder of diffusers' or one file; or a decoder made here, to go on; or a UNet's config.json
           {cache_dir}: CLIP, and the judges of Table 9
     out   train_logs/{model_name}/unclip/{unet,vae,scheduler}, model_index.json    for recon.py --unclip
-                                 /state/             to go on after a kill, to the same weights: run the command again
+                                 /state/             to go on after a kill, to the same weights: run the command again;
+                                                     SIGTERM, as slurm's, saves it within a step
                                  /samples.png        pictures that it never learned from, drawn from their tokens
                                  /curves.png         losses, and a TensorBoard log of all
                                  /table9.csv         how near they are (Table 9)
@@ -530,7 +531,7 @@ def load_state(state: Path, accelerator: Accelerator, run: SimpleNamespace) -> N
                 old.copy_(new)
         run.step = progress["step"]
         run.history = {name: [tuple(x) for x in values] for name, values in progress["history"].items()}
-        run.losses = [torch.tensor(loss, device=accelerator.device) for loss in progress["losses"]]
+        run.losses = [torch.tensor(loss, device=accelerator.device) for loss in progress.get("losses", [])]
 
 
 def save_decoder(args: argparse.Namespace, unet, vae, scheduler) -> Path:
