@@ -50,6 +50,7 @@ from braceexpand import braceexpand
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
+from files import naming_full_disk, replacing
 from frozen import encode_latents
 from model import UserError, run_main
 
@@ -581,17 +582,27 @@ def network_fingerprint(module: torch.nn.Module) -> str:
 
 def check_disk(folder: Path, needed: int, what: str = "Targets need", flag: str = "--cache_dir"):
     free = shutil.disk_usage(folder).free
-    if needed > free:  # a memory map on a full disk ends the process without a Python error, hence before starting
+    if needed > free:  # to be told before hours of work, not after
         raise UserError(f"{what} {needed:,} bytes, {folder} has {free:,} free: put {flag} on a larger disk.")
+
+
+def put_rows(path: Path, mapped: np.memmap, rows: np.ndarray, values: np.ndarray):
+    """Put values (B, ..) into the rows (B,) of the file that is `mapped` for reading."""
+    with naming_full_disk(path), open(path, "r+b") as file:
+        for row, value in zip(rows, values, strict=True):
+            file.seek(mapped.offset + int(row) * value.nbytes)
+            file.write(value.tobytes())
 
 
 class TargetCache:
     """One network's output for the images: cache[[5, 2, 5]] -> (3, *shape) float16, as stored.
 
     A memory-mapped float16 array with a row for every image of the image file (rows never written take no disk), and
-    beside it one bool per row: done or not. encode(images (B, 3, H, W), rows (B,)) -> (B, *shape) may be None where
-    the cache is only read. `fingerprint` must tell networks and image files apart: it is part of the file name, so
-    another network's leftover is never used. One process fills; another sees the rows as soon as they are done.
+    beside it one bool per row: done or not. The maps are for reading only: to write into one whose disk is full ends
+    the process (SIGBUS), to write into the file is an error that one can tell. encode(images (B, 3, H, W), rows (B,))
+    -> (B, *shape) may be None where the cache is only read. `fingerprint` must tell networks and image files apart:
+    it is part of the file name, so another network's leftover is never used. One process fills; another sees the rows
+    as soon as they are done.
     """
 
     def __init__(self, folder, name: str, encode: Callable | None, shape: tuple[int, ...], fingerprint: str):
@@ -601,11 +612,10 @@ class TargetCache:
         self._targets = self._done = self._place = None
         self.row_bytes = 2 * int(np.prod(self.shape))
 
-    def _open(self, mode: str):
+    def _open(self):
         try:
-            for attempt in ("r", mode):  # "r" first: "r+" alone would lengthen a file cut short, with zeros
-                self._targets = np.load(self.path, mmap_mode=attempt)  # (images, *shape)
-                self._done = np.load(self.done_path, mmap_mode=attempt)  # (images,)
+            self._targets = np.load(self.path, mmap_mode="r")  # (images, *shape)
+            self._done = np.load(self.done_path, mmap_mode="r")  # (images,)
             if self._targets.shape != (len(self._done), *self.shape):
                 raise ValueError(f"shape {self._targets.shape}")
         except FileNotFoundError:
@@ -624,7 +634,7 @@ class TargetCache:
         rows = np.unique(np.asarray(indices, np.int64))
         if not (self.path.exists() and self.done_path.exists()):
             return rows
-        self._open("r")
+        self._open()
         return rows[~self._done[rows]]
 
     @torch.no_grad()
@@ -637,7 +647,7 @@ class TargetCache:
         check_disk(self.path.parent, len(rows) * self.row_bytes)
         if not (self.path.exists() and self.done_path.exists()):
             self._create(len(images))
-        self._open("r+")
+        self._open()
         batches, device = np.split(rows, range(batch_size, len(rows), batch_size)), torch.device(device)
         pictures = prefetch(({"images": images[batch]} for batch in batches), device, pin=True)
         pending = []  # batches computed but not yet noted as done
@@ -661,7 +671,7 @@ class TargetCache:
         if not torch.isfinite(targets).all():
             raise UserError(f"Network '{self.name}' gives NaN or more than float16 holds in image rows "
                             f"{batch[0]}..{batch[-1]}: check its weights in --cache_dir.")  # fmt: skip
-        self._targets[batch] = targets.numpy()
+        put_rows(self.path, self._targets, batch, targets.numpy())
         pending.append(batch)
         if len(pending) == FLUSH_BATCHES:
             self._mark_done(pending)
@@ -688,16 +698,16 @@ class TargetCache:
             os.close(file)
 
     def _mark_done(self, pending: list[np.ndarray]):
-        self._targets.flush()  # targets reach the disk before the note that they did
+        with open(self.path, "r+b") as file:
+            os.fsync(file.fileno())  # targets reach the disk before the note that they did
         for batch in pending:
-            self._done[batch] = True
-        self._done.flush()
+            put_rows(self.done_path, self._done, batch, np.ones(len(batch), bool))
         pending.clear()
 
     def __getitem__(self, indices) -> torch.Tensor:
         rows = np.atleast_1d(np.asarray(indices, np.int64))
         if self._targets is None or not self._done[rows].all():
-            self._open("r")
+            self._open()
         if not self._done[rows].all():
             raise UserError(f"{self.path} has no target of image {rows[~self._done[rows]][0]} yet: {FILL}")
         if self._place is not None:
@@ -794,26 +804,13 @@ def cache_targets(
 # Writers of the same formats, for the toy world and for your own subject
 
 @contextmanager
-def replacing(path) -> Iterator[Path]:
-    """Give a temporary name to write to; it takes the place of `path` only when all is written."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def replace_folder(new: Path, folder: Path):
-    """Rename `new` to `folder`. What was there is `folder`.old for a moment, and gone after."""
-    old = folder.with_name(f"{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+def new_h5(path) -> Iterator[h5py.File]:
+    """An HDF5 file to fill, in memory until it is whole: where a disk is full, HDF5 ends the process (SIGSEGV)."""
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w") as file:
+        yield file
+    with replacing(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def write_session_tar(path, behav, past, future, olds, start: int = 0):
@@ -851,7 +848,7 @@ def behaviour_windows(table: np.ndarray, window: int = 15) -> tuple[np.ndarray, 
 
 
 def write_array(name: str, dtype, path, array):
-    with replacing(path) as temporary, h5py.File(temporary, "w") as file:
+    with new_h5(path) as file:
         array = np.asarray(array, dtype)
         rows = max(1, 2**18 // max(1, array[:1].nbytes))  # chunks of whole rows, some 256 kB: a row is what gets read
         file.create_dataset(name, data=array, chunks=(min(rows, len(array)), *array.shape[1:]), track_times=False)
@@ -863,7 +860,7 @@ write_images = partial(write_array, "images", np.float16)  # (path, images (n, 3
 
 def write_region_masks(path, masks: dict[int, dict[str, np.ndarray]]):
     """masks {subject: {region: (V,) bool}}."""
-    with replacing(path) as temporary, h5py.File(temporary, "w") as file:
+    with new_h5(path) as file:
         for subject, regions in masks.items():
             for region, mask in regions.items():
                 file.create_dataset(f"subj0{subject}/{region}", data=np.asarray(mask, bool), track_times=False)

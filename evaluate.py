@@ -56,10 +56,10 @@ from data import (
     load_voxels,
     num_voxels,
     repeats,
-    replacing,
     resized,
 )
 from features import digest, hear, identified, kept
+from files import replacing, save
 from frozen import load_clip
 from gnet import load_gnet
 from judges import Missing
@@ -406,8 +406,7 @@ def commit() -> str:
 
 def write(args: argparse.Namespace, argv: list[str], result: SimpleNamespace, rows: list[dict]) -> None:
     """{model}_scores.pt, {model}_metrics.json and the .csv file."""
-    with replacing(output(args, "scores.pt")) as temporary, open(temporary, "wb") as file:
-        torch.save({row["key"]: result.scores[row["key"]].float() for row in rows}, file)
+    save(output(args, "scores.pt"), {row["key"]: result.scores[row["key"]].float() for row in rows})
     record = {"model": args.model_name, "subject": args.subj, "images": result.images,
               "command": f"python evaluate.py {shlex.join(argv)}", "versions": versions(), "commit": commit(),
               "antialias": args.antialias, "blend": args.blend, "paper_unlike": result.unlike,

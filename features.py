@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import replacing
+from files import replacing, save
 from model import UserError
 
 VERSION = 1  # part of every hash: raise it when the code that makes features or scores changes
@@ -68,8 +68,7 @@ def kept(folder: Path, name: str, key: str, compute: Callable[[], object]) -> ob
         except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError):
             pass  # cut short: make it again
     value = compute()
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        torch.save(value, file)
+    save(path, value)
     for old in folder.glob(f"{name}-*.pt"):
         if old != path and folder.name != "seen":
             old.unlink()

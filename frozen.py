@@ -13,10 +13,8 @@ missing or damaged. Letters as in model.py: B samples, S tokens of D channels, L
 
 from __future__ import annotations
 
-import errno
 import json
 import math
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,6 +33,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from tqdm import tqdm
 from transformers import AutoTokenizer, ConvNextModel, GitForCausalLM, PreTrainedTokenizerBase
 
+from files import is_disk_full, replacing_folder
 from model import UserError, reading, torch_load
 
 
@@ -418,24 +417,20 @@ def convert_unclip(checkpoint: Path, folder: Path, dtype: torch.dtype = torch.fl
     state = _unclip_state(checkpoint)
     plans = match_unclip({key: tuple(value.shape) for key, value in state.items()}, networks, checkpoint)
     _check_noise_levels(state, scheduler, checkpoint)
-    building = folder.with_name(folder.name + ".building")
-    shutil.rmtree(building, ignore_errors=True)  # of a run that was killed
+    bar = tqdm(total=sum(map(len, plans.values())), desc=f"converting {checkpoint.name}", unit="weight")
     try:
-        with tqdm(total=sum(map(len, plans.values())), desc=f"converting {checkpoint.name}", unit="weight") as bar:
+        with bar, replacing_folder(folder) as building:
             for part, network in networks.items():
                 network.save_config(building / part)
                 kind = torch.float32 if part == "vae" else dtype  # float16 overflows in the VAE
                 _write_weights(checkpoint, building / part, plans[part], kind, bar)
-        scheduler.save_pretrained(building / "scheduler")
-        (building / "model_index.json").write_text(json.dumps({"output_scale": 0.8, "output_shift": 0.2}))
-        building.rename(folder)
+            scheduler.save_pretrained(building / "scheduler")
+            (building / "model_index.json").write_text(json.dumps({"output_scale": 0.8, "output_shift": 0.2}))
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if is_disk_full(error):
             raise
         mend = f"name a folder where you may write, with a link to {checkpoint.name} beside it, with --unclip"
-        raise UserError(f"{building} cannot be written ({error.strerror or error}): {mend}.") from error
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+        raise UserError(f"{folder} cannot be written ({error.strerror or error}): {mend}.") from error
 
 
 def unclip_configs(folder: str | Path) -> tuple[dict, dict]:

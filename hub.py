@@ -22,7 +22,6 @@ original's README leaves out (other runs' evals and train_logs, two files of the
 """
 
 import argparse
-import errno
 import hashlib
 import json
 import os
@@ -42,7 +41,7 @@ from huggingface_hub.file_download import http_get
 from tqdm import tqdm
 
 import judges
-from data import replacing
+from files import is_disk_full, replacing
 from model import UserError, run_main
 
 REPOSITORY = "pscotti/mindeyev2"
@@ -213,7 +212,7 @@ def transfer(file: File, title: str) -> None:
                          displayed_filename=title)  # fmt: skip
             except NETWORK_ERRORS as error:
                 status = getattr(getattr(error, "response", None), "status_code", None)
-                if getattr(error, "errno", None) == errno.ENOSPC:
+                if is_disk_full(error):
                     raise
                 if status == 416:  # nothing comes after what we have: the server's file is shorter than it listed
                     return

@@ -23,7 +23,6 @@ evaluate.py never downloads a judge. It leaves out the rows of one that is not t
 from __future__ import annotations
 
 import argparse
-import errno
 import json
 import re
 from collections.abc import Callable
@@ -42,6 +41,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from transformers import AutoModel, AutoTokenizer
 
 from data import resized
+from files import is_disk_full
 from frozen import CLIP_MEAN, CLIP_STD, normalised
 from model import UserError, reading, run_main, torch_load
 
@@ -366,7 +366,7 @@ def download(name: str, cache_dir: Path) -> None:
             digest = re.search(r"-([0-9a-f]{8})\.", source)  # torchvision's names end in it
             torch.hub.download_url_to_file(source, str(cache_dir / file_name(name)), digest and digest[1])
     except (OSError, RuntimeError, huggingface_hub.errors.HfHubHTTPError) as error:
-        if getattr(error, "errno", None) == errno.ENOSPC:
+        if is_disk_full(error):
             raise
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         raise UserError(f"{source} cannot be downloaded ({reason}): bring it into {cache_dir} by other means, or name "

@@ -22,9 +22,7 @@ N = 2 S + 1 tokens inside the prior, H heads of d channels.
 
 from __future__ import annotations
 
-import errno
 import math
-import os
 import pickle
 import re
 import sys
@@ -41,6 +39,8 @@ import torch.nn.functional as F
 from diffusers.models.autoencoders.vae import Decoder
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from files import is_disk_full, save
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Errors that the user can mend
@@ -60,10 +60,11 @@ def run_main(main: Callable[[], object]) -> None:
     except torch.cuda.OutOfMemoryError:
         sentence = ("the GPU ran out of memory: pass a smaller --batch_size, in training --gradient_checkpointing, or "
                     "set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True.")
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
+    except Exception as error:
+        if not is_disk_full(error):
             raise
-        sentence = f"no space is left on the disk{f' for {error.filename}' if error.filename else ''}: free some."
+        place = getattr(error, "filename", None)
+        sentence = f"no space is left on the disk{f' for {place}' if place else ''}: free some, or name another folder."
     else:
         return
     print(f"error: {sentence}", file=sys.stderr)
@@ -732,16 +733,8 @@ def save_checkpoint(path: str | Path, model: nn.Module, **extra: object) -> None
     Written beside `path` and renamed, so that an interrupted run leaves the former file whole. Give
     config={"backbone": "mlp"} for that backbone: nothing in the weights tells it.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(path.name + ".tmp")
     state = getattr(model, "module", model).state_dict()
-    try:
-        with open(scratch, "wb") as file:  # through a Python file, a full disk is an OSError that says so
-            torch.save({"model_state_dict": state, **extra}, file)
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    save(path, {"model_state_dict": state, **extra})
 
 
 @contextmanager
@@ -752,7 +745,7 @@ def reading(path: Path, flag: str, must_exist: bool = True) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # a damaged file leads its reader into errors of any type
-        if isinstance(error, UserError) or getattr(error, "errno", None) == errno.ENOSPC:
+        if isinstance(error, UserError) or is_disk_full(error):
             raise
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         raise UserError(f"{path} cannot be read ({reason}): replace it, or name another with {flag}.") from error

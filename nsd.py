@@ -35,6 +35,7 @@ from tqdm import tqdm
 import data
 from arrays import load_array
 from data import BEHAV_COLUMNS, BETA, IMAGE, SESSION
+from files import replacing, replacing_folder
 from model import UserError, run_main
 
 SUBJECT, RUN, TRIAL, SHARED = (BEHAV_COLUMNS.index(name) for name in ("subject", "run", "trial", "shared1000"))
@@ -211,9 +212,9 @@ def write_rows(path, name: str, shape: tuple, dtype, blocks: Iterable[np.ndarray
     """An HDF5 file as data.write_array's, but filled block by block: what does not fit in memory can be written."""
     row_bytes = int(np.prod(shape[1:])) * np.dtype(dtype).itemsize
     chunk = min(max(1, 2**18 // row_bytes), shape[0])
-    with data.replacing(path) as temporary:
+    with replacing(path) as temporary:
         free = shutil.disk_usage(temporary.parent).free
-        if shape[0] * row_bytes > free:
+        if shape[0] * row_bytes > free:  # while it writes, HDF5 would end the process
             raise UserError(f"{path} needs {shape[0] * row_bytes:,} bytes, the disk has {free:,} free: put --data_path "
                             "on a larger one.")
         with h5py.File(temporary, "w") as file:
@@ -237,30 +238,26 @@ def write_trials(data_path, subject: int, table: np.ndarray, test: np.ndarray, o
               for k, session in enumerate(np.unique(table[~test, SESSION]))}
     splits |= {("new_test", 0): test, ("test", 0): old_test}
     final = data.session_tar(data_path, subject, "train").parents[1]
-    building = final.with_name(final.name + ".building")
-    shutil.rmtree(building, ignore_errors=True)
     start = 0
-    for (split, number), rows in splits.items():
-        start = 0 if number == 0 else start  # the release counts samples on through the sessions
-        if rows.any():
-            tar = building / split / f"{number}.tar"
-            data.write_session_tar(tar, table[rows], past[rows], future[rows], olds[rows], start)
-        start += int(rows.sum())
-    shutil.rmtree(final, ignore_errors=True)
-    building.rename(final)
+    with replacing_folder(final) as building:
+        for (split, number), rows in splits.items():
+            start = 0 if number == 0 else start  # the release counts samples on through the sessions
+            if rows.any():
+                tar = building / split / f"{number}.tar"
+                data.write_session_tar(tar, table[rows], past[rows], future[rows], olds[rows], start)
+            start += int(rows.sum())
 
 
 def merge_masks(data_path, subject: int, masks: dict[str, np.ndarray]):
     """Put a subject's masks {region: (V,) bool} beside the others' in brain_region_masks.hdf5."""
     path = data.h5_path(data_path, "masks")
-    with data.replacing(path) as temporary:
+    with data.new_h5(path) as file:
         if path.exists():
-            shutil.copyfile(path, temporary)
-        with h5py.File(temporary, "a") as file:
-            if f"subj0{subject}" in file:
-                del file[f"subj0{subject}"]
-            for region, mask in masks.items():
-                file.create_dataset(f"subj0{subject}/{region}", data=np.asarray(mask, bool), track_times=False)
+            with h5py.File(path, "r") as old:
+                for other in set(old) - {f"subj0{subject}"}:
+                    old.copy(other, file)
+        for region, mask in masks.items():
+            file.create_dataset(f"subj0{subject}/{region}", data=np.asarray(mask, bool), track_times=False)
 
 
 def load_shared(data_path) -> np.ndarray | None:
@@ -278,7 +275,7 @@ def load_shared(data_path) -> np.ndarray | None:
 
 
 def save_shared(data_path, shared: np.ndarray):
-    with data.replacing(Path(data_path) / "shared1000.npy") as temporary, open(temporary, "wb") as file:
+    with replacing(Path(data_path) / "shared1000.npy") as temporary, open(temporary, "wb") as file:
         np.save(file, shared)
 
 

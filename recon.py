@@ -47,6 +47,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import frozen
+import processes
 from data import (
     Images,
     embed_images,
@@ -56,9 +57,9 @@ from data import (
     num_voxels,
     prefetch,
     repeats,
-    replacing,
     resized,
 )
+from files import replacing, save
 from model import MindEye2, UserError, reading, run_main
 from model import load_model as load_model_file
 
@@ -395,11 +396,6 @@ def draw_recons(unclip: SimpleNamespace, brains: SimpleNamespace, rows: slice, a
 # ---------------------------------------------------------------------------------------------------------------------
 # Passes in batches, each a file until all is done
 
-def save(path: Path, value: object) -> None:
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        torch.save(value, file)
-
-
 def open_parts(folder: Path, args: argparse.Namespace, state: PartialState, files: list[Path]) -> None:
     """Make the folder of finished batches; those of a run with other flags or other input files are thrown away."""
     if state.is_main_process:
@@ -509,7 +505,13 @@ def write(prefix: str, arrays: dict, brains: SimpleNamespace) -> None:
 
 def main(argv: list[str] | None = None) -> dict[str, Tensor]:
     """Returns {image_ids (n,), and what was written: recons, ..}; {} on processes other than the first."""
-    args, state = parse(argv), PartialState(cpu=not torch.cuda.is_available())
+    args, state = parse(argv), processes.start()
+    with processes.naming_lost(state, "the same command goes on where they were."):
+        return reconstruct(args, state)
+
+
+def reconstruct(args: argparse.Namespace, state: PartialState) -> dict[str, Tensor]:
+    """All passes; see `main`."""
     device = state.device
     brains = stimulated_brains(args) if args.stimulate else seen_brains(args)
     fetch_released(args, state)

@@ -46,8 +46,10 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 import frozen
+import processes
 from arrays import load_array, load_texts
 from data import Images, load_trials, repeats, resized
+from files import save
 from model import UserError, reading, run_main
 from recon import (
     GRID_COLUMNS,
@@ -59,7 +61,6 @@ from recon import (
     noise_levels,
     open_parts,
     run_pass,
-    save,
     save_grid,
     start_latents,
 )
@@ -412,7 +413,13 @@ def read_prompts(args: argparse.Namespace, count: int) -> list[str]:
 
 def main(argv: list[str] | None = None) -> dict[str, Tensor]:
     """Returns {enhancedrecons (n, 3, H, W)}; {} on processes other than the first."""
-    args, state = parse(argv), PartialState(cpu=not torch.cuda.is_available())
+    args, state = parse(argv), processes.start()
+    with processes.naming_lost(state, "the same command goes on where they were."):
+        return refine_all(args, state)
+
+
+def refine_all(args: argparse.Namespace, state: PartialState) -> dict[str, Tensor]:
+    """Both passes; see `main`."""
     device, sdxl = state.device, Path(args.sdxl)
     pictures, ids = read_pictures(args)
     prompts = read_prompts(args, len(pictures))[: args.num_images]

@@ -36,7 +36,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from arrays import load_array, load_scores, load_texts
-from data import Images, load_trials, repeats, replacing, resized
+from data import Images, load_trials, repeats, resized
+from files import replacing
 from frozen import load_clip
 from model import UserError, reading, run_main, torch_load
 
@@ -632,7 +633,10 @@ def training_commands(checkpoint: dict) -> list[str]:
     commands, defaults = [], vars(train.parse_args([]))
     while checkpoint.get("flags"):
         flags = checkpoint["flags"]
-        commands.insert(0, command_line("train.py", flags, defaults))
+        command = command_line("train.py", {name: flags[name] for name in flags if name in defaults}, defaults)
+        if (count := flags.get("num_processes", 1)) != 1:  # the launcher's flag, not train.py's
+            command = command.replace("python", f"accelerate launch --num_processes={count}", 1)
+        commands.insert(0, command)
         start = Path(str(flags.get("multisubject_ckpt") or ""))
         start = start if start.suffix == ".pth" else start / "last.pth"
         checkpoint = read_checkpoint(start) if len(commands) < 5 else {}

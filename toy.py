@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
+import files
 import gnet
 from model import UserError
 
@@ -317,48 +318,49 @@ def fit_encoding_model(path: Path, seed: int, num_images: int = 400, ridge: floa
         num_voxels = voxels.shape[1]
         readouts[subject] = {"rf0": flat(num_voxels, 25, 25), "rf1": flat(num_voxels, 13, 13),
                              "w": w.T, "b": voxels.mean(0) - mean @ w}
-    torch.save({"best_params": {"enc": trunk.state_dict(), "fwrfs": readouts}}, path / gnet.FILE)
+    files.save(path / gnet.FILE, {"best_params": {"enc": trunk.state_dict(), "fwrfs": readouts}})
 
 
 def build_world(path: Path, world: World | None = None, seed: int = 0, rebuild: bool = False) -> None:
-    """Write the whole folder under a temporary name, then rename it. What is there already is kept."""
+    """Write the whole folder under a temporary name, then rename it. What is there already is kept.
+
+    path      the folder of the dataset, as the stages' --data_path
+    rebuild   write it anew where it is there
+    Raises UserError if a shipped network is not the one that was shipped.
+    """
     world = world or World()
     if path.exists() and not rebuild:
         return
-    building = path.with_name(path.name + ".building")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
-    try:
-        copy_networks(building)
-    except UserError:
-        shutil.rmtree(building)
-        raise
+    with files.replacing_folder(path) as building:
+        write_world(building, world, seed)
 
+
+def write_world(path: Path, world: World, seed: int) -> None:
+    """All files of the world, into an empty folder."""
+    copy_networks(path)
     # Image 0.. are the shared ones; then each subject's own, seen one to three times in turn.
     own_trials = max(world.sessions) * world.trials - 3 * world.shared
     repeats = np.resize([3, 2, 1], own_trials)
     num_own = int(np.searchsorted(np.cumsum(repeats), own_trials)) + 1
     scenes = draw_scenes(world.shared + 8 * num_own, seed)
     images = render(scenes)  # (n, 3, 64, 64)
-    data.write_images(data.h5_path(building, "images"), images.numpy().astype(np.float16) / 255)
+    data.write_images(data.h5_path(path, "images"), images.numpy().astype(np.float16) / 255)
     codes = image_code(scenes, images, world, seed)
     for subject in tqdm(range(1, 9), desc="toy world: eight brains"):
         own = np.repeat(world.shared + (subject - 1) * num_own + np.arange(num_own), repeats[:num_own])
         table = behaviour(world, subject, own, seed)
         voxels = brain(codes, table[:, data.IMAGE].astype(int), world, subject, seed)
-        write_subject(building, table, voxels, world, subject)
+        write_subject(path, table, voxels, world, subject)
     masks = {s: area_masks(v) for s, v in enumerate(world.voxels, 1)}
-    data.write_region_masks(data.h5_path(building, "masks"), masks)
-    np.save(building / "shared1000.npy", np.arange(len(images)) < world.shared)
-    evals = building / "evals"
+    data.write_region_masks(data.h5_path(path, "masks"), masks)
+    np.save(path / "shared1000.npy", np.arange(len(images)) < world.shared)
+    evals = path / "evals"
     evals.mkdir()
     captions = scenes.captions()[: world.shared]
-    torch.save(images[: world.shared].float() / 255, evals / "all_images.pt")
-    torch.save(np.array(captions), evals / "all_captions.pt")
-    torch.save(np.array(captions), evals / "all_git_generated_captions.pt")
-    fit_encoding_model(building, seed)
-    shutil.rmtree(path, ignore_errors=True)
-    building.rename(path)
+    files.save(evals / "all_images.pt", images[: world.shared].float() / 255)
+    files.save(evals / "all_captions.pt", np.array(captions))
+    files.save(evals / "all_git_generated_captions.pt", np.array(captions))
+    fit_encoding_model(path, seed)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -20,10 +20,6 @@ memory-mapped file: the loop holds no frozen network, which is most of our speed
 """
 import argparse
 import os
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import timedelta
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -33,7 +29,7 @@ import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.tracking import TensorBoardTracker, WandBTracker
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs, set_seed
 from torch.nn.parallel import DistributedDataParallel
@@ -41,7 +37,9 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 import data
+import files
 import model as networks
+import processes
 from frozen import decode_latents, encode_latents, load_clip, load_teacher, load_vae
 from model import MindEye2, UserError
 
@@ -335,7 +333,8 @@ def save_curves(folder: Path, history: dict[str, list[tuple[int, float]]]) -> No
         axis.set(title=name, xlabel="step")
         axis.title.set_size(9)
     figure.tight_layout()
-    figure.savefig(folder / "curves.png", dpi=100)
+    with files.replacing(folder / "curves.png") as temporary:
+        figure.savefig(temporary, dpi=100, format="png")
     plt.close(figure)
 
 
@@ -353,7 +352,8 @@ def save_samples(folder: Path, last: dict, targets: SimpleNamespace) -> None:
             axis.imshow(picture.permute(1, 2, 0).numpy())
             axis.axis("off")
     figure.tight_layout(pad=.2)
-    figure.savefig(folder / "samples.png", dpi=100)
+    with files.replacing(folder / "samples.png") as temporary:
+        figure.savefig(temporary, dpi=100, format="png")
     plt.close(figure)
 
 
@@ -372,13 +372,11 @@ def check_args(args: argparse.Namespace) -> None:
     for name in ("num_epochs", "batch_size", "num_sessions", "ckpt_interval", "gradient_accumulation"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name}={getattr(args, name)} must be at least 1.")
+    if args.optimizer_bits == 8 and os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16":
+        raise UserError("--optimizer_bits=8 does not know fp16's loss scaler: leave it out, or launch with "
+                        "--mixed_precision=bf16.")
     if args.teacher_views < 0:
         raise UserError(f"--teacher_views={args.teacher_views} must be at least 0.")
-
-
-# How long processes wait for one: the first may encode 73,000 images, and NCCL's ten minutes would end the run. One
-# that dies is noticed long before: by the connection, or by the launcher, which ends the others within 30 seconds.
-PATIENCE = timedelta(hours=2)
 
 
 def start_accelerator(args: argparse.Namespace, gradient_accumulation: int = 1) -> Accelerator:
@@ -390,20 +388,7 @@ def start_accelerator(args: argparse.Namespace, gradient_accumulation: int = 1) 
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # no second copy of the gradients
     return Accelerator(mixed_precision=os.environ.get("ACCELERATE_MIXED_PRECISION", half), log_with=trackers,
                        project_dir=args.train_logs, gradient_accumulation_steps=gradient_accumulation,
-                       kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE), ddp])
-
-
-@contextmanager
-def naming_lost_processes(accelerator: Accelerator) -> Iterator[None]:
-    """A process that died breaks the next exchange with it: say so, in place of gloo's or NCCL's traceback."""
-    try:
-        yield
-    except RuntimeError as error:
-        broken = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
-        if accelerator.num_processes == 1 or not broken:
-            raise
-        raise UserError("another process of this run has ended, so this one ends too: the launcher's report below "
-                        "tells which one and how, and --resume goes on from the last checkpoint.") from error
+                       kwargs_handlers=[InitProcessGroupKwargs(timeout=processes.PATIENCE), ddp])
 
 
 def exchange_rows(accelerator: Accelerator, model: MindEye2) -> None:
@@ -444,7 +429,7 @@ def choose_sizes(args: argparse.Namespace) -> tuple[dict, dict | None]:
     path = Path(args.multisubject_ckpt)
     if not path.exists() and path.suffix != ".pth":  # perhaps one of the release's
         import hub  # here: most runs need no hub
-        with PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE).main_process_first():
+        with processes.start().main_process_first():
             hub.fetch_model(path.name, path.parent, "--multisubject_ckpt")
     pretrained, known = networks.load_model(path, "--multisubject_ckpt")
     sizes |= {name: known[name] for name in sizes if name in known}
@@ -556,11 +541,15 @@ def report(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNamesp
     accelerator.wait_for_everyone()
 
 
+LEAST_SCALE = 1e-4  # of fp16's losses, from 65536 halved 30 times: an overflow ends sooner, a gradient of NaN never
+
+
 def gather_losses(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNamespace) -> None:
     """Move this process's run.fresh, tensors, to run.losses: numbers, each the mean of all processes.
 
     This is the one look at the losses an interval: reading each would make a step wait for the GPU. Raises UserError,
-    in every process, that tells which trials the first loss that is no number came of.
+    in every process, that tells which trials the first loss that is no number came of; or that no scale of the losses
+    makes fp16's gradients finite, so that each step is skipped.
     """
     if not run.fresh:
         return
@@ -574,6 +563,10 @@ def gather_losses(args: argparse.Namespace, accelerator: Accelerator, run: Simpl
                          for part, chosen in zip(run.sets.train, picked, strict=True))
         raise UserError(f"The loss became {losses[process, place].item()} in epoch {epoch}, step {step} (image rows of "
                         f"{rows}): lower --max_lr (now {args.max_lr}). The checkpoint before it is kept.")
+    if accelerator.scaler and accelerator.scaler.get_scale() < LEAST_SCALE:
+        raise UserError(f"fp16's loss scaler came down to {accelerator.scaler.get_scale():.1e} by epoch "
+                        f"{(run.step - 1) // run.steps}, and gradients are infinite still: lower --max_lr (now "
+                        f"{args.max_lr}), or use bf16. The checkpoint before it is kept.")
     run.losses += losses.mean(0).tolist()
     run.fresh.clear()
 
@@ -591,11 +584,24 @@ def run_folder(args: argparse.Namespace) -> Path:
     return Path(args.train_logs) / args.model_name
 
 
+def all_flags(args: argparse.Namespace, accelerator: Accelerator) -> dict:
+    """What a checkpoint keeps of the flags that a run was started with."""
+    return vars(args) | {"num_processes": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision}
+
+
+def refuse_other_flags(path: Path, theirs: dict, ours: dict, free: set[str]) -> None:
+    """Raise UserError if the run at `path` had other flags than ours, but for those in `free`."""
+    for name, value in theirs.items():
+        if name not in free and ours.get(name, value) != value:
+            raise UserError(f"{path} is of a run with --{name}={value}, not {ours[name]}: pass that, or start another "
+                            "with --model_name.")
+
+
 def about(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNamespace) -> dict:
     """What a checkpoint says of the run. epoch, counted from 0, is the official name for how far it came."""
     backbone = accelerator.unwrap_model(run.model).backbone.kind
     return {"epoch": (run.step - 1) // run.steps, "step": run.step, "config": {"backbone": backbone},
-            "flags": vars(args) | {"processes": accelerator.num_processes}}
+            "flags": all_flags(args, accelerator)}
 
 
 def save(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNamespace) -> None:
@@ -606,7 +612,8 @@ def save(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNamespac
     if not args.ckpt_saving:
         return
     history = {name: [value for _, value in values] for name, values in run.history.items()}
-    state = dict(lr_scheduler=run.scheduler.state_dict(), train_losses=run.losses,
+    scaler = {"scaler": accelerator.scaler.state_dict()} if accelerator.scaler else {}  # of fp16
+    state = dict(scaler, lr_scheduler=run.scheduler.state_dict(), train_losses=run.losses,
                  test_losses=history.get("test/loss_prior", []), lrs=history.get("train/lr", []), history=run.history,
                  best=run.best, **about(args, accelerator, run))
     last = run_folder(args) / "last.pth"
@@ -617,7 +624,7 @@ def save(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNamespac
         run.model.save_checkpoint(str(last.parent), "last.building", client_state={"run": state}, save_latest=False)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            data.replace_folder(last.parent / "last.building", last.with_suffix(""))
+            files.replace_folder(last.parent / "last.building", last.with_suffix(""))
             last.unlink(missing_ok=True)  # of another run: it would be read in place of the folder
         accelerator.wait_for_everyone()
 
@@ -640,16 +647,14 @@ def resume(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNamesp
             state = run.model.load_checkpoint(str(path.parent), path.name)[1]["run"]
     else:
         state = networks.torch_load(path, "--model_name")
-    now = vars(args) | {"processes": accelerator.num_processes}
     with networks.reading(path, "--model_name"):
-        for name, value in state.get("flags", {}).items():
-            if name not in FREE and now.get(name, value) != value:
-                raise UserError(f"{path} is of a run with --{name}={value}, not {now[name]}: pass that, or start "
-                                "another with --model_name.")
+        refuse_other_flags(path, state.get("flags", {}), all_flags(args, accelerator), FREE)
         if not accelerator.state.deepspeed_plugin:
             bare.load_state_dict(state["model_state_dict"])
             run.optimizer.load_state_dict(state["optimizer_state_dict"])
         run.scheduler.load_state_dict(state["lr_scheduler"])
+        if accelerator.scaler:
+            accelerator.scaler.load_state_dict(state["scaler"])
         run.step, run.best = state["step"], state["best"]
         run.history = {name: [tuple(x) for x in values] for name, values in state["history"].items()}
         run.losses = [float(loss) for loss in state["train_losses"]]
@@ -657,29 +662,12 @@ def resume(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNamesp
             raise ValueError(f"step {run.step} with the losses of {len(run.losses)} steps")
 
 
-@contextmanager
-def noting_sigterm(run: SimpleNamespace) -> Iterator[None]:
-    """SIGTERM, which slurm sends before it takes a machine away, sets run.stop instead of ending the process."""
-    before = signal.signal(signal.SIGTERM, lambda *_: setattr(run, "stop", True))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def stop_if_asked(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNamespace) -> None:
-    """Save and exit if any process was asked to stop. Several agree on it at every tenth step: asking takes time."""
-    asked = run.stop
-    if accelerator.num_processes > 1:
-        if run.step % 10 and run.step % run.steps:
-            return
-        asked = accelerator.reduce(torch.tensor(float(run.stop), device=accelerator.device)).item() > 0
-    if asked:
+    """Save and exit if any process got SIGTERM."""
+    if processes.asked_to_stop(accelerator, run, now=run.step % run.steps == 0):
         gather_losses(args, accelerator, run)
         save(args, accelerator, run)
-        run.bar.close()
-        accelerator.end_training()
-        raise SystemExit(128 + signal.SIGTERM)
+        raise processes.end_of_sigterm(accelerator)
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
@@ -717,7 +705,7 @@ def set_up(args: argparse.Namespace, accelerator: Accelerator, sizes: dict, pret
         sets=sets, targets=targets, model=model, optimizer=optimizer, scheduler=scheduler, steps=steps,
         batches=lambda epoch, process=rank: data.epoch_batches(trials, share, steps, args.seed, epoch, process, world,
                                                                args.gather_negatives),
-        step=0, losses=[], fresh=[], history={}, best=-1., last={}, parts={}, stop=False)
+        step=0, losses=[], fresh=[], history={}, best=-1., last={}, parts={})
 
 
 def train_epoch(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNamespace, epoch: int, mixing: bool,
@@ -735,7 +723,7 @@ def train_epoch(args: argparse.Namespace, accelerator: Accelerator, run: SimpleN
             accelerator.backward(loss)
             run.optimizer.step()
             run.optimizer.zero_grad()
-        if accelerator.sync_gradients:
+        if accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:  # by fp16's loss scaler
             run.scheduler.step()
         run.fresh.append(loss.detach())
         run.step += 1
@@ -750,7 +738,7 @@ def main(argv: list[str] | None = None) -> dict[str, list[tuple[int, float]]]:
     check_args(args)
     sizes, pretrained = choose_sizes(args)
     accelerator = start_accelerator(args, args.gradient_accumulation)
-    with naming_lost_processes(accelerator):
+    with processes.naming_lost(accelerator, "--resume goes on from the last checkpoint."):
         return train(args, accelerator, sizes, pretrained)
 
 
@@ -769,14 +757,13 @@ def train(args: argparse.Namespace, accelerator: Accelerator, sizes: dict, pretr
     accelerator.init_trackers(args.model_name)
     run.bar = tqdm(total=args.num_epochs * run.steps, initial=run.step, desc=args.model_name,
                    disable=not accelerator.is_main_process)
-    with noting_sigterm(run):
+    with processes.noting_sigterm(run), run.bar:
         for epoch in range(run.step // run.steps, args.num_epochs):
             if run.step:
                 stop_if_asked(args, accelerator, run)
             train_epoch(args, accelerator, run, epoch, epoch < mixco_epochs, temps[epoch])
             if epoch % args.ckpt_interval == 0 or epoch == args.num_epochs - 1:
                 report(args, accelerator, run)
-    run.bar.close()
     if accelerator.is_main_process and run.last:  # a finished run that is resumed has nothing new to show
         save_curves(run_folder(args), run.history)
         save_samples(run_folder(args), run.last, run.targets)

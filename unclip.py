@@ -21,7 +21,8 @@ Tokens and latents of each picture are computed once and kept (data.TargetCache)
           --base: SDXL, a folder of diffusers' or one file; or a decoder made here, to go on; or a UNet's config.json
           {cache_dir}: CLIP, and the judges of Table 9
     out   train_logs/{model_name}/unclip/{unet,vae,scheduler}, model_index.json    for recon.py --unclip
-                                 /state/             to go on after a kill, to the same weights: run the command again
+                                 /state/             to go on after a kill, to the same weights: run the command again;
+                                                     SIGTERM, as slurm's, saves it within a step
                                  /samples.png        pictures that it never learned from, drawn from their tokens
                                  /curves.png         losses, and a TensorBoard log of all
                                  /table9.csv         how near they are (Table 9)
@@ -42,7 +43,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -57,16 +58,27 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
+import files
 import frozen
 import judges
 import metrics
 import nsd
+import processes
 import recon
 import refine
 from evaluate import VISION
 from features import encode_all
 from model import UserError, reading, run_main, torch_load
-from train import eight_bit_adamw, ready_for_deepspeed, run_folder, save_curves, start_accelerator, step_seed
+from train import (
+    all_flags,
+    eight_bit_adamw,
+    ready_for_deepspeed,
+    refuse_other_flags,
+    run_folder,
+    save_curves,
+    start_accelerator,
+    step_seed,
+)
 
 FLAG = "--base"
 GRID_COLUMNS = 12
@@ -469,20 +481,15 @@ FREE = {"train_logs", "data_path", "cache_dir", "base", "vae", "gradient_checkpo
         "ckpt_interval", "draw_size", "steps", "scheduler", "guidance", "num_eval", "wandb_log", "wandb_project"}
 
 
-def find_state(args: argparse.Namespace) -> Path | None:
+def find_state(args: argparse.Namespace, accelerator: Accelerator) -> Path | None:
     """The newest state of this run, or None. Raises UserError if it was made with flags that give other numbers."""
     states = sorted(path for path in (run_folder(args) / "state").glob("step_*") if not path.suffix)
     if not states:
         return None
     with reading(states[-1], "--model_name"):
         theirs = json.loads((states[-1] / "progress.json").read_text())["flags"]
-    for name, value in theirs.items():
-        if name in FREE or getattr(args, name, value) == value:
-            continue
-        if name == "num_steps" and not args.decay:  # a longer run with a constant rate is the same run
-            continue
-        raise UserError(f"{states[-1].parent} is of a run with --{name}={value}, not {getattr(args, name)}: pass that, "
-                        "or start another with --model_name.")
+        free = FREE if args.decay else FREE | {"num_steps"}  # a longer run with a constant rate is the same run
+        refuse_other_flags(states[-1].parent, theirs, all_flags(args, accelerator), free)
     return states[-1]
 
 
@@ -492,57 +499,54 @@ def state_bytes(run: SimpleNamespace) -> int:
     return sum(x.numel() * x.element_size() for x in [*run.unet.parameters(), *kept, *(run.average or [])])
 
 
-def save_state(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNamespace, step: int) -> None:
+def save_state(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNamespace) -> None:
     """state/step_00001000: weights, optimizer, average and history. Written whole, then renamed; older ones go."""
-    folder = run_folder(args) / "state"
-    building, done = folder / f"step_{step:08d}.building", folder / f"step_{step:08d}"
-    if accelerator.is_main_process:
-        for rest in folder.glob("*.building"):  # of a run that was killed
-            shutil.rmtree(rest)
-        building.mkdir(parents=True)
-        data.check_disk(building, state_bytes(run), "The state to go on from needs", "--train_logs")
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(building))
-    if accelerator.is_main_process:
-        if run.average is not None:
-            with open(building / "average.pt", "wb") as file:
-                torch.save(run.average, file)
-        progress = {"step": step, "flags": vars(args), "history": run.history}
-        (building / "progress.json").write_text(json.dumps(progress))
-        shutil.rmtree(done, ignore_errors=True)
-        building.rename(done)
-        for old in folder.glob("step_*"):
-            if old != done:
-                shutil.rmtree(old)
+    folder, main = run_folder(args) / "state", accelerator.is_main_process
+    done = folder / f"step_{run.step:08d}"
+    with files.replacing_folder(done) if main else nullcontext(done.with_name(f"{done.name}.building")) as building:
+        if main:
+            data.check_disk(building, state_bytes(run), "The state to go on from needs", "--train_logs")
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(building))
+        if main and run.average is not None:
+            files.save(building / "average.pt", run.average)
+        if main:
+            progress = {"step": run.step, "flags": all_flags(args, accelerator), "history": run.history,
+                        "losses": [loss.item() for loss in run.losses]}
+            (building / "progress.json").write_text(json.dumps(progress))
+        accelerator.wait_for_everyone()  # all have written
+    for old in folder.glob("step_*") if main else ():
+        if old != done:
+            shutil.rmtree(old)
     accelerator.wait_for_everyone()
 
 
-def load_state(state: Path, accelerator: Accelerator, average: list[Tensor] | None) -> tuple[int, dict]:
-    """Step and history of a state; weights, optimizer and average are put in place. Raises UserError."""
+def load_state(state: Path, accelerator: Accelerator, run: SimpleNamespace) -> None:
+    """Put a state in place: weights, optimizer, average, step, history and losses. Raises UserError."""
     with reading(state, "--model_name"):
         accelerator.load_state(str(state))
         progress = json.loads((state / "progress.json").read_text())
-        if average is not None:
-            for old, new in zip(average, torch_load(state / "average.pt", "--model_name"), strict=True):
+        if run.average is not None:
+            for old, new in zip(run.average, torch_load(state / "average.pt", "--model_name"), strict=True):
                 old.copy_(new)
-        return progress["step"], {name: [tuple(x) for x in values] for name, values in progress["history"].items()}
+        run.step = progress["step"]
+        run.history = {name: [tuple(x) for x in values] for name, values in progress["history"].items()}
+        run.losses = [torch.tensor(loss, device=accelerator.device) for loss in progress.get("losses", [])]
 
 
 def save_decoder(args: argparse.Namespace, unet, vae, scheduler) -> Path:
     """The folder that recon.py --unclip reads, weights in half precision; the old one stays until the new is whole."""
     folder = run_folder(args) / "unclip"
-    building = folder.with_name("unclip.building")
-    shutil.rmtree(building, ignore_errors=True)
     with torch.device("meta"):
         half = UNet2DConditionModel(**public(unet.config))
     half.load_state_dict({name: value.half().cpu() for name, value in unet.state_dict().items()}, assign=True)
-    half.save_pretrained(building / "unet")
-    vae.save_pretrained(building / "vae")
-    scheduler.save_pretrained(building / "scheduler")
     # Of a decoder that learned pale pictures' tokens, VAE output in [-1, 1] maps back plainly (frozen.load_unclip).
     scale = {"output_scale": .5, "output_shift": .5} if args.washed_out else {"output_scale": .8, "output_shift": .2}
-    (building / "model_index.json").write_text(json.dumps(scale))
-    data.replace_folder(building, folder)
+    with files.replacing_folder(folder) as building:
+        half.save_pretrained(building / "unet")
+        vae.save_pretrained(building / "vae")
+        scheduler.save_pretrained(building / "scheduler")
+        (building / "model_index.json").write_text(json.dumps(scale))
     return folder
 
 
@@ -589,12 +593,18 @@ def save_samples(args: argparse.Namespace, unclip: SimpleNamespace, sources: Sim
     return torch.cat((seen, drawn), -1)
 
 
-def report(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNamespace, step: int) -> None:
-    """Validate, log, draw, and write decoder and state."""
-    logs = {"train/loss": torch.stack(run.losses).mean().item(), "train/lr": run.lr} if run.losses else {}
-    if not math.isfinite(logs.get("train/loss", 0.0)):
-        raise UserError(f"The loss became {logs['train/loss']} before step {step}: lower --max_lr (now {args.max_lr}). "
+def mean_loss(args: argparse.Namespace, run: SimpleNamespace) -> float:
+    """Of the steps since the last report. Raises UserError if it is no number."""
+    loss = torch.stack(run.losses).mean().item()
+    if not math.isfinite(loss):
+        raise UserError(f"The loss became {loss} before step {run.step}: lower --max_lr (now {args.max_lr}). "
                         "What was saved before is kept.")
+    return loss
+
+
+def report(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNamespace) -> None:
+    """Validate, log, draw, and write decoder and state."""
+    logs = {"train/loss": mean_loss(args, run), "train/lr": run.lr}
     if accelerator.is_main_process:
         bare = accelerator.unwrap_model(run.unet)
         with averaged(bare, run.parameters, run.average) as unet:
@@ -603,15 +613,15 @@ def report(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNamesp
             samples = save_samples(args, unclip, run.sources, run.val, accelerator)
             save_decoder(args, unet, run.vae, run.scheduler)
         for name, value in logs.items():
-            run.history.setdefault(name, []).append((step, value))
+            run.history.setdefault(name, []).append((run.step, value))
         save_curves(run_folder(args), run.history)
         for tracker in accelerator.trackers:
             options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({"seen and drawn": samples.permute(0, 2, 3, 1).numpy()}, step=step, **options)
+            tracker.log_images({"seen and drawn": samples.permute(0, 2, 3, 1).numpy()}, step=run.step, **options)
         run.bar.set_postfix(loss=f"{logs['val/loss']:.4f}")
-    accelerator.log(logs, step=step)
+    accelerator.log(logs, step=run.step)
     run.losses.clear()
-    save_state(args, accelerator, run, step)
+    save_state(args, accelerator, run)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -696,7 +706,7 @@ def table9(args: argparse.Namespace, accelerator: Accelerator, folder: Path, sou
     drawn = recon.collect(run / "drawn", ["drawn"], len(parts))["drawn"]
     seen = torch.cat([(sources.images[rows[part]] * 255).round().to(torch.uint8) for part in parts])
     scores = score(seen, drawn, args, device)
-    with data.replacing(run / "table9.csv") as temporary, open(temporary, "w", newline="") as file:
+    with files.replacing(run / "table9.csv") as temporary, open(temporary, "w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["metric", "yours", "paper", "judge", "pictures"])
         table.writerows([row, round(value, 6), PAPER[row], judge, len(rows)] for row, (value, judge) in scores.items())
@@ -773,23 +783,31 @@ def train_step(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNa
 def learn(args: argparse.Namespace, accelerator: Accelerator, base: SimpleNamespace, sources: SimpleNamespace,
           pictures: SimpleNamespace) -> dict[str, list[tuple[int, float]]]:
     """Train base.unet; what was logged: name -> [(step, value), ..]."""
-    device, start, state = accelerator.device, 0, find_state(args)
+    device, state = accelerator.device, find_state(args, accelerator)
     run = set_up(args, accelerator, base)
     run.vae, run.scheduler, run.sources, run.val = base.vae, base.scheduler, sources, pictures.val
-    run.losses, run.history = [], {}
+    run.step, run.losses, run.history = 0, [], {}
     if state:
-        start, run.history = load_state(state, accelerator, run.average)
+        load_state(state, accelerator, run)
     if args.token_noise:
         run.mean = mean_tokens(sources, pictures.train, device)
-    run.bar = tqdm(total=args.num_steps, initial=start, desc=args.model_name, disable=not accelerator.is_main_process)
-    rows = batches(pictures.train, args, start, accelerator.process_index, accelerator.num_processes)
+    run.bar = tqdm(total=args.num_steps, initial=run.step, desc=args.model_name,
+                   disable=not accelerator.is_main_process)
+    rows = batches(pictures.train, args, run.step, accelerator.process_index, accelerator.num_processes)
     fetched = (fetch(sources, chosen) for chosen in rows)
-    for step, batch in enumerate(data.prefetch(fetched, device), start):
-        run.losses.append(train_step(args, accelerator, run, encode(sources, batch, device), step))
-        run.bar.update()
-        if (step + 1) % args.ckpt_interval == 0 or step + 1 == args.num_steps:
-            report(args, accelerator, run, step + 1)
-    run.bar.close()
+    with processes.noting_sigterm(run), run.bar:
+        for batch in data.prefetch(fetched, device):
+            run.losses.append(train_step(args, accelerator, run, encode(sources, batch, device), run.step))
+            run.step += 1
+            run.bar.update()
+            reported = run.step % args.ckpt_interval == 0 or run.step == args.num_steps
+            if reported:
+                report(args, accelerator, run)
+            if processes.asked_to_stop(accelerator, run, now=reported):
+                if not reported:
+                    mean_loss(args, run)
+                    save_state(args, accelerator, run)
+                raise processes.end_of_sigterm(accelerator)
     accelerator.free_memory()  # or the optimizer would stay on the GPU
     return run.history
 
@@ -799,6 +817,12 @@ def main(argv: list[str] | None = None) -> dict:
     args = parse(argv)
     check_args(args)
     accelerator = start_accelerator(args)
+    with processes.naming_lost(accelerator, "the same command goes on from the last state."):
+        return make_decoder(args, accelerator)
+
+
+def make_decoder(args: argparse.Namespace, accelerator: Accelerator) -> dict:
+    """The whole run; see `main`."""
     if args.graph and accelerator.num_processes > 1:
         raise UserError(f"--graph works in one process, not in {accelerator.num_processes}: leave it out.")
     if not Path(args.base).exists():

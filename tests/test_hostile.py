@@ -17,6 +17,7 @@ import tarfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import h5py
@@ -31,6 +32,7 @@ from test_refine import UNET  # noqa: E402
 
 import data  # noqa: E402
 import evaluate  # noqa: E402
+import judges  # noqa: E402
 import model as m  # noqa: E402
 import recon  # noqa: E402
 import refine  # noqa: E402
@@ -46,10 +48,8 @@ FAST = "--scheduler=dpm --steps=2 --guidance=1".split()
 
 # ---- the world, and a copy of it
 
-@pytest.fixture(scope="module")
-def shared(smoke_world, tmp_path_factory):
-    """A folder with data/, raw/, logs/tiny and evals/tiny as the stages leave them; its files must never change."""
-    folder = tmp_path_factory.mktemp("hostile")
+def make_shared(smoke_world: Path, folder: Path) -> None:
+    """data/, raw/, logs/tiny and evals/tiny as the stages leave them."""
     shutil.copytree(smoke_world, folder / "data")
     make_raw(folder / "raw")
     with pytest.MonkeyPatch.context() as patch:
@@ -67,6 +67,13 @@ def shared(smoke_world, tmp_path_factory):
     config = UNET | {"class_embed_type": "projection", "cross_attention_dim": 64, "addition_embed_type": None,
                      "projection_class_embeddings_input_dim": 16}
     (folder / "tiny.json").write_text(json.dumps(config))
+
+
+@pytest.fixture(scope="module")
+def shared(smoke_world, tmp_path_factory):
+    """`make_shared`'s folder; its files must never change."""
+    folder = tmp_path_factory.mktemp("hostile")
+    make_shared(smoke_world, folder)
     before = snapshot(folder)
     yield folder
     assert snapshot(folder) == before
@@ -533,6 +540,44 @@ add(evaluate, COMPARE, f"{EVALS}_scores.pt", "evaluate.py", {
     "of words": saved(f"{EVALS}_scores.pt", {"recons/pixcorr": "high"}),
     "of no dimension": saved(f"{EVALS}_scores.pt", {"recons/pixcorr": torch.tensor(1.)})})
 
+# A judge alone: `python judges.py` loads one after the other.
+ONE_JUDGE = SimpleNamespace(__name__="judges", main=lambda argv: judges.load(*argv))
+
+
+def too_wide(state: dict) -> dict:
+    last = [name for name, x in state.items() if x.ndim == 4][-1]
+    return state | {last: torch.cat((state[last], state[last]), 1)}
+
+
+def weights_of(place: str) -> dict[str, Callable]:
+    """What can happen to a file of torchvision's."""
+    return spoilt(place) | {
+        "that runs code": saved(place, Bomb), "that runs code, an old pickle": pickled(place),
+        "of a list": saved(place, [1, 2]), "of a tensor": saved(place, torch.ones(3)),
+        "of no layers": saved(place, {}), "of another network": saved(place, {"conv.weight": torch.ones(3, 3)}),
+        "without a layer": saved(place, lambda state: dict(list(state.items())[2:])),
+        "of layers of one dimension": saved(place, lambda state: {name: x.flatten() for name, x in state.items()}),
+        "of a layer too wide": saved(place, too_wide),
+        "of words": saved(place, lambda state: dict.fromkeys(state, "1"))}
+
+
+for judge, file in (("alexnet", "alexnet-owt-7be5be79.pth"), ("swav", "swav_800ep_pretrain.pth.tar")):
+    add(ONE_JUDGE, [judge, "{}/data"], f"data/{file}", "--cache_dir", weights_of(f"data/{file}"))
+FID = "data/weights-inception-2015-12-05-6726825d.pth"
+add(ONE_JUDGE, ["fid", "{}/data"], FID, "--cache_dir", {
+    "of 0 bytes": empty(FID), "of text": content(FID, b"<html>404 not found</html>\n"),
+    "that runs code": saved(FID, Bomb),
+    "of a list": saved(FID, [1, 2]), "of another network": saved(FID, {"conv.weight": torch.ones(3, 3)})})
+for judge, file in (("clip_b", "clip_B/open_clip_model"), ("sentence", "sentence/model")):
+    folder, config = file.split("/")[0], {"clip_b": "open_clip_config.json", "sentence": "config.json"}[judge]
+    old = {"clip_b": "open_clip_pytorch_model.bin", "sentence": "pytorch_model.bin"}[judge]
+    add(ONE_JUDGE, [judge, "{}/data"], f"data/{folder}", "--cache_dir", {
+        "of an empty config": empty(f"data/{folder}/{config}"),
+        "of a config that is a list": content(f"data/{folder}/{config}", b"[1, 2]"),
+        "of cut weights": cut(f"data/{file}.safetensors"), "of no weights": gone(f"data/{file}.safetensors"),
+        "of a cut tokenizer": cut(f"data/{folder}/tokenizer.json"),
+        "of weights that run code": both(gone(f"data/{file}.safetensors"), saved(f"data/{folder}/{old}", Bomb))})
+
 JSON = f"{EVALS}_metrics.json"
 
 
@@ -660,6 +705,15 @@ def test_captions_are_shown_as_text(shared, tmp_path, monkeypatch):
     assert "<script>alert" not in page and "<img src=x" not in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page and "&amp;amp; &#x27;quoted&#x27;" in page
     assert [c for c in set(page) if not c.isprintable() and c not in "\n\t"] == []
+
+
+def test_the_printed_table_says_what_is_said(shared, tmp_path):
+    from bench_hostile import ending  # here: it imports this file
+    for case in (CASES[0], next(case for case in CASES if case.stage is data)):
+        folder = tmp_path / case.stage.__name__
+        shutil.copytree(shared, folder, copy_function=os.link)
+        code, said = ending(case, folder)
+        assert code == 2 and all(word in said for word in case.words) and str(tmp_path) not in said
 
 
 def test_there_are_many_cases_and_no_two_alike():

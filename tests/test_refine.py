@@ -265,7 +265,7 @@ def test_processes_share_the_batches(world, monkeypatch):
     inputs = [refine.output_file(args, "all_recons.pt"), refine.prompt_file(args)]
     inputs += sorted(Path(args.sdxl).rglob("*"))
     recon.open_parts(refine.output_file(args, "refine_parts"), args, state, inputs)
-    monkeypatch.setattr(refine, "PartialState", lambda cpu: state)
+    monkeypatch.setattr(refine.processes, "start", lambda: state)
     vars(state).update(process_index=1, is_main_process=False)
     assert world.run(*words) is None and drawn == [IMAGES[3:6].tolist(), IMAGES[9:12].tolist()]
     vars(state).update(process_index=0, is_main_process=True)

@@ -2,13 +2,11 @@
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from test_train import SMALL, arguments, run, weights
+from test_train import SMALL, run, weights
 
 import model as networks
 import train
@@ -85,31 +83,54 @@ def test_sigterm_saves_at_once(smoke_world, tmp_path, never_killed, monkeypatch,
     assert same(weights(tmp_path, "a"), weights(folder, "a")) and len(seen) == 3 * steps_an_epoch(folder)
 
 
-def test_sigkill_while_saving_keeps_the_earlier_file(smoke_world, tmp_path, never_killed):
-    folder, _ = never_killed
-    code = """
-import os, signal, sys
-import torch
-import train
-step = train.step_losses
-def losses(*given):
-    def save(value, file):
-        file.write(b"half")
-        file.flush()
-        os.kill(os.getpid(), signal.SIGKILL)
-    if os.path.exists(sys.argv[1]):
-        torch.save = save
-    return step(*given)
-train.step_losses = losses
-train.main(sys.argv[2:])
-"""
-    last = tmp_path / "train_logs/a/last.pth"
-    ended = subprocess.run([sys.executable, "-c", code, last, *arguments(smoke_world, tmp_path, *FLAGS)], cwd=ROOT,
-                           capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
-    assert ended.returncode == -signal.SIGKILL, ended.stderr
-    assert list(last.parent.glob("*.tmp")) and networks.load_checkpoint(last)["epoch"] == 0
+def test_fp16_overflow_follows_the_loss_scaler_also_after_a_kill(smoke_world, tmp_path, monkeypatch):
+    """PyTorch's own scaler, on float32 (accelerate gives a CPU neither it nor half precision): its first scale, 1e38,
+    is too large for any gradient. That step changes no weight, and the schedule does not count it.
+    """
+    start, adamw, stepped = train.start_accelerator, torch.optim.AdamW.step, []
+
+    def fp16(*given):
+        accelerator = start(*given)
+        accelerator.scaler = torch.amp.GradScaler("cpu", 1e38, backoff_factor=1e-34, growth_interval=2)
+        return accelerator
+
+    def killed():
+        raise Killed
+    monkeypatch.setattr(train, "start_accelerator", fp16)
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *x: stepped.append(1) or adamw(self, *x))
+    run(smoke_world, tmp_path / "whole", *FLAGS)
+    whole = networks.load_checkpoint(tmp_path / "whole/train_logs/a")
+    count = whole["step"]
+    assert len(stepped) == whole["lr_scheduler"]["last_epoch"] == count - 1 == len(whole["train_losses"]) - 1
+    assert whole["scaler"]["scale"] == pytest.approx(1e4 * 2 ** ((count - 1) // 2))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        stop_before(patch, count - 1, killed)
+        run(smoke_world, tmp_path, *FLAGS)
     run(smoke_world, tmp_path, *FLAGS)
-    assert not list(last.parent.glob("*.tmp")) and same(weights(tmp_path, "a"), weights(folder, "a"))
+    again = networks.load_checkpoint(tmp_path / "train_logs/a")
+    assert same(again["model_state_dict"], whole["model_state_dict"]) and again["scaler"] == whole["scaler"]
+
+
+def test_gradients_that_no_scale_makes_finite_stop_it(smoke_world, tmp_path, monkeypatch):
+    """A finite loss whose gradient is NaN: each step would be skipped for ever."""
+    start, losses = train.start_accelerator, train.step_losses
+
+    def fp16(*given):
+        accelerator = start(*given)
+        accelerator.scaler = torch.amp.GradScaler("cpu", 2e-4)
+        return accelerator
+
+    def spoilt(*given):
+        out = losses(*given)
+        return out | {"clip": out["clip"] + (0 * out["clip"]).sqrt()}
+    monkeypatch.setattr(train, "start_accelerator", fp16)
+    monkeypatch.setattr(train, "step_losses", spoilt)
+    with pytest.raises(UserError, match="loss scaler came down to .*e-05 by epoch 0.*--max_lr"):
+        run(smoke_world, tmp_path, *FLAGS)
+    assert not (tmp_path / "train_logs/a/last.pth").exists()
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(UserError, match="--optimizer_bits=8 does not know"):
+        run(smoke_world, tmp_path, "--optimizer_bits=8")
 
 
 def test_without_the_flag_it_starts_over_and_a_finished_run_is_left_alone(smoke_world, tmp_path, monkeypatch):

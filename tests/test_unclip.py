@@ -8,6 +8,7 @@ import csv
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -310,10 +311,22 @@ def test_a_run_writes_a_decoder_that_recon_draws_with(world, tmp_path):
         result["table"]["pixcorr"], abs=1e-6)
 
 
-def test_killed_and_run_again_gives_the_same_weights(world, tmp_path, monkeypatch):
-    flags = ["--num_steps=6", "--ckpt_interval=2", "--token_noise=.5", "--blind=.1"]
-    never_killed = run(world, tmp_path / "a", *flags)
+SIX_STEPS = ["--num_steps=6", "--ckpt_interval=2", "--token_noise=.5", "--blind=.1"]
 
+
+@pytest.fixture(scope="module")
+def never_killed(world, tmp_path_factory) -> tuple[Path, dict]:
+    logs = tmp_path_factory.mktemp("whole")
+    return logs, run(world, logs, *SIX_STEPS)["history"]
+
+
+def state(logs: Path) -> dict[str, torch.Tensor]:
+    return load_file(logs / "decoder/state/step_00000006/model.safetensors")
+
+
+def test_killed_and_run_again_gives_the_same_weights(world, tmp_path, never_killed, monkeypatch):
+    flags = SIX_STEPS
+    whole, history = never_killed
     step = unclip.train_step
     def killed(args, accelerator, run, batch, number):
         if number == 5:
@@ -321,23 +334,45 @@ def test_killed_and_run_again_gives_the_same_weights(world, tmp_path, monkeypatc
         return step(args, accelerator, run, batch, number)
     monkeypatch.setattr(unclip, "train_step", killed)
     with pytest.raises(KeyboardInterrupt):
-        run(world, tmp_path / "b", *flags)
-    before = weights(tmp_path / "b")
+        run(world, tmp_path, *flags)
+    before = weights(tmp_path)
     torch.manual_seed(77)  # whatever the new process's own random numbers are
     resumed = []
     monkeypatch.setattr(unclip, "train_step", lambda *x: (resumed.append(x[-1]), step(*x))[1])
-    again = run(world, tmp_path / "b", *flags)
+    again = run(world, tmp_path, *flags)
     assert resumed == [4, 5]
-    assert same(weights(tmp_path / "a"), weights(tmp_path / "b")) and not same(before, weights(tmp_path / "b"))
-    states = [load_file(tmp_path / name / "decoder/state/step_00000006/model.safetensors") for name in "ab"]
-    assert same(*states)
-    assert again["history"] == never_killed["history"]
+    assert same(weights(whole), weights(tmp_path)) and not same(before, weights(tmp_path))
+    assert same(state(whole), state(tmp_path)) and again["history"] == history
+
+
+@pytest.mark.parametrize("at, saved", [(2, 3), (3, 4)])  # between two reports, and where there is one
+def test_sigterm_saves_at_once(world, tmp_path, never_killed, monkeypatch, at, saved):
+    whole, history = never_killed
+    seen, step = [], unclip.train_step
+    def terminated(*given):
+        seen.append(given[-1])
+        if len(seen) == at + 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*given)
+    monkeypatch.setattr(unclip, "train_step", terminated)
+    with pytest.raises(SystemExit) as ended:
+        run(world, tmp_path, *SIX_STEPS)
+    assert ended.value.code == 143 and seen == list(range(at + 1))
+    assert [path.name for path in (tmp_path / "decoder/state").iterdir()] == [f"step_{saved:08d}"]
+    assert run(world, tmp_path, *SIX_STEPS)["history"] == history and seen == [*range(6)]
+    assert same(weights(whole), weights(tmp_path)) and same(state(whole), state(tmp_path))
 
 
 def test_going_on_with_other_flags_is_refused(world, tmp_path):
     run(world, tmp_path, "--num_steps=2")
     with pytest.raises(m.UserError, match="is of a run with --batch_size=4, not 2: pass that"):
         run(world, tmp_path, "--num_steps=2", "--batch_size=2")
+    progress = tmp_path / "decoder/state/step_00000002/progress.json"
+    said = progress.read_text()
+    progress.write_text(said.replace('"num_processes": 1', '"num_processes": 2'))
+    with pytest.raises(m.UserError, match="is of a run with --num_processes=2, not 1"):
+        run(world, tmp_path, "--num_steps=2")
+    progress.write_text(said)
     longer = run(world, tmp_path, "--num_steps=3")  # the rate is constant: the same run, only longer
     assert [step for step, _ in longer["history"]["val/loss"]] == [2, 3]
 

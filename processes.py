@@ -1,0 +1,67 @@
+"""The processes of one run: how long they wait for each other, and how they end when one dies or SIGTERM comes.
+
+`accelerate launch` starts a stage once for each device. What they do together is said in the stages; here is only what
+all of them share, no command of its own.
+"""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from types import SimpleNamespace
+
+import torch
+from accelerate import Accelerator, PartialState
+
+from model import UserError
+
+# How long processes wait for one: the first may encode 73,000 images, and NCCL's ten minutes would end the run. One
+# that dies is noticed long before: by the connection, or by the launcher, which ends the others within 30 seconds.
+PATIENCE = timedelta(hours=2)
+
+
+def start() -> PartialState:
+    """This process among those that `accelerate launch` started, if it did."""
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+
+
+@contextmanager
+def naming_lost(state: Accelerator | PartialState, mend: str) -> Iterator[None]:
+    """A process that died breaks the next exchange with it: say so, and `mend`, in place of gloo's or NCCL's traceback.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        broken = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+        if state.num_processes == 1 or not broken:
+            raise
+        raise UserError("another process of this run has ended, so this one ends too: the launcher's report below "
+                        f"tells which one and how, and {mend}") from error
+
+
+@contextmanager
+def noting_sigterm(run: SimpleNamespace) -> Iterator[None]:
+    """SIGTERM, which slurm sends before it takes a machine away, sets run.stop instead of ending the process.
+
+    Also while an error ends it: where a process died, the launcher sends SIGTERM to the others at about the time at
+    which they find the connection broken, and would silence what they say of it.
+    """
+    run.stop = False
+    before = signal.signal(signal.SIGTERM, lambda *_: setattr(run, "stop", True))
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def asked_to_stop(accelerator: Accelerator, run: SimpleNamespace, now: bool) -> bool:
+    """Whether any process got SIGTERM. Several agree on it every tenth step, or `now`: asking takes time."""
+    if accelerator.num_processes == 1:
+        return run.stop
+    if run.step % 10 and not now:
+        return False
+    return accelerator.reduce(torch.tensor(float(run.stop), device=accelerator.device)).item() > 0
+
+
+def end_of_sigterm(accelerator: Accelerator) -> SystemExit:
+    """What to raise after saving: the exit code by which slurm knows that the signal ended the process."""
+    accelerator.end_training()
+    return SystemExit(128 + signal.SIGTERM)
