@@ -75,7 +75,7 @@ def run_main(main: Callable[[], object]) -> None:
 # Brain model: ridge (2.1), backbone and its two heads (2.2)
 
 class WideLinear(nn.Linear):
-    """A layer of many weights for few rows: reading and writing the weights is all its work. 4/5 of the model's are so.
+    """A layer of many weights for few rows, so that reading and writing weights is all its work: 88% of them.
 
     Hence it computes in the weights' own precision, whatever autocast says: that would write a copy of them at each
     step, and another of their gradients. With `exchanges_rows`, several processes exchange rows in place of gradients.

@@ -6,6 +6,7 @@ Run: python -m pytest tests/test_model.py        (under a minute on two CPU core
 import enum
 import errno
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -473,7 +474,11 @@ def test_deepspeed_folder_gives_the_trained_float32_weights(tmp_path):
         for name, value in model.state_dict().items():
             expected = value.half().float() if name in buffers else value
             assert state[name].dtype == torch.float32 and torch.equal(state[name], expected), name
-    m.save_checkpoint(folder / "last.pth", model, epoch=5)  # a file goes before the folder
+    read, config = m.load_model(folder)
+    m.save_checkpoint(folder / "last.pth", read, config=config)  # README.md's line; a file goes before the folder
+    shutil.rmtree(folder / "last")
+    assert all(torch.equal(value, state[name]) for name, value in m.load_model(folder)[0].state_dict().items())
+    m.save_checkpoint(folder / "last.pth", model, epoch=5)
     assert m.load_checkpoint(folder)["epoch"] == m.load_checkpoint(folder / "last.pth")["epoch"] == 5
 
 
