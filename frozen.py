@@ -35,7 +35,8 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from tqdm import tqdm
 from transformers import AutoTokenizer, ConvNextModel, GitForCausalLM, PreTrainedTokenizerBase
 
-from model import UserError, reading, torch_load
+from checkpoints import reading, torch_load
+from model import UserError
 
 
 def _frozen(network: nn.Module, device: str | torch.device, dtype: torch.dtype = torch.float32) -> nn.Module:

@@ -47,6 +47,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import frozen
+from checkpoints import load_model as load_model_file
+from checkpoints import reading
 from data import (
     Images,
     embed_images,
@@ -59,8 +61,7 @@ from data import (
     replacing,
     resized,
 )
-from model import MindEye2, UserError, reading, run_main
-from model import load_model as load_model_file
+from model import MindEye2, UserError, run_main
 
 MAX_SIZE = 256  # pixels; larger pictures are saved at this size, as the original's are
 GRID_COLUMNS = 12

@@ -39,6 +39,7 @@ from accelerate.utils import InitProcessGroupKwargs, set_seed
 from torchvision.transforms import v2
 from tqdm import tqdm
 
+import checkpoints
 import data
 import model as networks
 from frozen import decode_latents, encode_latents, load_clip, load_teacher, load_vae
@@ -426,7 +427,7 @@ def choose_sizes(args: argparse.Namespace) -> tuple[dict, dict | None]:
         import hub  # here: most runs need no hub
         with PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE).main_process_first():
             hub.fetch_model(path.name, path.parent, "--multisubject_ckpt")
-    pretrained, known = networks.load_model(path, "--multisubject_ckpt")
+    pretrained, known = checkpoints.load_model(path, "--multisubject_ckpt")
     sizes |= {name: known[name] for name in sizes if name in known}
     for name, value in given.items():
         if value != sizes[name]:
@@ -445,7 +446,7 @@ def build_model(args: argparse.Namespace, sizes: dict, pretrained: dict | None, 
     if args.tie_positions:
         model.tie_positions()
     if pretrained:
-        networks.load_pretrained(model, pretrained)
+        checkpoints.load_pretrained(model, pretrained)
     if args.use_prior:
         model.diffusion_prior.net.causal_transformer.checkpointing = args.gradient_checkpointing
     if args.compile:
@@ -526,7 +527,7 @@ def report(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNamesp
             if scores["reciprocal_rank"] > run.best:
                 run.best = scores["reciprocal_rank"]
                 if args.ckpt_saving:
-                    networks.save_checkpoint(run_folder(args) / "best.pth", bare, **about(args, accelerator, run))
+                    checkpoints.save_checkpoint(run_folder(args) / "best.pth", bare, **about(args, accelerator, run))
         for name, value in logs.items():
             run.history.setdefault(name, []).append((run.step, value))
         run.bar.set_postfix(loss=f"{logs['train/loss']:.2f}", retrieval=f"{run.last['image_retrieval']:.2f}")
@@ -590,7 +591,7 @@ def save(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNamespac
                  best=run.best, **about(args, accelerator, run))
     last = run_folder(args) / "last.pth"
     if not accelerator.state.deepspeed_plugin and accelerator.is_main_process:
-        networks.save_checkpoint(last, accelerator.unwrap_model(run.model),
+        checkpoints.save_checkpoint(last, accelerator.unwrap_model(run.model),
                                  optimizer_state_dict=run.optimizer.state_dict(), **state)
     elif accelerator.state.deepspeed_plugin:
         run.model.save_checkpoint(str(last.parent), "last.building", client_state={"run": state}, save_latest=False)
@@ -615,12 +616,12 @@ def resume(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNamesp
     if not path.exists():
         return
     if accelerator.state.deepspeed_plugin:
-        with networks.reading(path, "--model_name"):
+        with checkpoints.reading(path, "--model_name"):
             state = run.model.load_checkpoint(str(path.parent), path.name)[1]["run"]
     else:
-        state = networks.torch_load(path, "--model_name")
+        state = checkpoints.torch_load(path, "--model_name")
     now = vars(args) | {"processes": accelerator.num_processes}
-    with networks.reading(path, "--model_name"):
+    with checkpoints.reading(path, "--model_name"):
         for name, value in state.get("flags", {}).items():
             if name not in FREE and now.get(name, value) != value:
                 raise UserError(f"{path} is of a run with --{name}={value}, not {now[name]}: pass that, or start "

@@ -63,9 +63,10 @@ import metrics
 import nsd
 import recon
 import refine
+from checkpoints import reading, torch_load
 from evaluate import VISION
 from features import encode_all
-from model import UserError, reading, run_main, torch_load
+from model import UserError, run_main
 from train import eight_bit_adamw, ready_for_deepspeed, run_folder, save_curves, start_accelerator, step_seed
 
 FLAG = "--base"

@@ -61,7 +61,7 @@ def children() -> list[str]:
 
 
 def scratch(*folders: Path) -> list[str]:
-    """Temporary files there, by the names that data.replacing and model.save_checkpoint give them."""
+    """Temporary files there, by the names that data.replacing and checkpoints.save_checkpoint give them."""
     return [str(path) for folder in folders for path in folder.rglob("*") if path.suffix in (".tmp", ".building")]
 
 

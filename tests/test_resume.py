@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_train import SMALL, arguments, run, weights
 
-import model as networks
+import checkpoints
 import train
 from model import UserError
 
@@ -45,7 +45,7 @@ def never_killed(smoke_world, tmp_path_factory):
 
 
 def steps_an_epoch(folder: Path) -> int:
-    return len(networks.load_checkpoint(folder / "train_logs/a")["train_losses"]) // 3
+    return len(checkpoints.load_checkpoint(folder / "train_logs/a")["train_losses"]) // 3
 
 
 def test_killed_three_times(smoke_world, tmp_path, never_killed):
@@ -61,7 +61,7 @@ def test_killed_three_times(smoke_world, tmp_path, never_killed):
     assert run(smoke_world, tmp_path, *FLAGS) == history
     assert same(weights(tmp_path, "a"), weights(folder, "a")) and same(weights(tmp_path, "a", "best"),
                                                                       weights(folder, "a", "best"))
-    one, two = (networks.load_checkpoint(place / "train_logs/a") for place in (tmp_path, folder))
+    one, two = (checkpoints.load_checkpoint(place / "train_logs/a") for place in (tmp_path, folder))
     assert one["train_losses"] == two["train_losses"] and one["lrs"] == two["lrs"]
 
 
@@ -80,7 +80,7 @@ def test_sigterm_saves_at_once(smoke_world, tmp_path, never_killed, monkeypatch,
     with pytest.raises(SystemExit) as ended:
         run(smoke_world, tmp_path, *FLAGS)
     assert ended.value.code == 143 and len(seen) == step + 1
-    assert networks.load_checkpoint(tmp_path / "train_logs/a")["step"] == step + 1
+    assert checkpoints.load_checkpoint(tmp_path / "train_logs/a")["step"] == step + 1
     assert run(smoke_world, tmp_path, *FLAGS) == history
     assert same(weights(tmp_path, "a"), weights(folder, "a")) and len(seen) == 3 * steps_an_epoch(folder)
 
@@ -107,7 +107,7 @@ train.main(sys.argv[2:])
     ended = subprocess.run([sys.executable, "-c", code, last, *arguments(smoke_world, tmp_path, *FLAGS)], cwd=ROOT,
                            capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
     assert ended.returncode == -signal.SIGKILL, ended.stderr
-    assert list(last.parent.glob("*.tmp")) and networks.load_checkpoint(last)["epoch"] == 0
+    assert list(last.parent.glob("*.tmp")) and checkpoints.load_checkpoint(last)["epoch"] == 0
     run(smoke_world, tmp_path, *FLAGS)
     assert not list(last.parent.glob("*.tmp")) and same(weights(tmp_path, "a"), weights(folder, "a"))
 
