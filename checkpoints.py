@@ -4,7 +4,7 @@ In   train_logs/{model_name}/last.pth   model_state_dict, and what a run needs t
                             /last/      the same by DeepSpeed, ZeRO stage 1 or 2
 Out  a MindEye2 and its constructor arguments (`load_model`); every error is a UserError that names the file and a flag
 
-The sizes of a model are read off its weights; what has no shape (the kind of backbone) is the checkpoint's "config".
+The sizes of a model are read off its weights; what has no shape (--backbone, --prior) is in the checkpoint's "config".
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def save_checkpoint(path: str | Path, model: nn.Module, **extra: object) -> None
     """Write model_state_dict and whatever is in `extra` (epoch, optimizer_state_dict, lr_scheduler, losses, lrs, ...).
 
     Written beside `path` and renamed, so that an interrupted run leaves the former file whole. Give
-    config={"backbone": "mlp"} for that backbone: nothing in the weights tells it.
+    config={"backbone": "mlp", "prior": "correction"} for these: nothing in the weights tells them.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -179,7 +179,8 @@ def load_model(path: str | Path, flag: str = "--model_name") -> tuple[MindEye2, 
 def config_from_state_dict(state: dict[str, Tensor]) -> dict:
     """The constructor arguments of MindEye2, read off the shapes of its state dict.
 
-    The kind of backbone has no shape: `load_model` takes it from the checkpoint. Raises KeyError for another network.
+    The kind of backbone, and what the prior predicts, have no shape: `load_model` takes them from the checkpoint's
+    "config". Raises KeyError for another network.
     """
     def count(prefix: str, suffix: str) -> int:
         return sum(name.startswith(prefix) and name.endswith(suffix) for name in state)
@@ -195,6 +196,9 @@ def config_from_state_dict(state: dict[str, Tensor]) -> dict:
         "blurry_recon": "backbone.blin1.bias" in state,
         "use_prior": "diffusion_prior.net.learned_query" in state,
         "backbone": "released",
+        "ridge": "mlp" if "ridge.bends.0.0.weight" in state else "linear",
+        "prior": "target",
+        "lora_rank": len(state.get("backbone.backbone_linear.down", ())),
     }
     if config["blurry_recon"]:
         config["latent_size"] = 4 * math.isqrt(len(state["backbone.blin1.bias"]) // 64)
@@ -212,8 +216,11 @@ def load_pretrained(model: MindEye2, state: dict[str, Tensor]) -> None:
     only the pretrained model has are dropped. Raises UserError when the sizes differ or a head is missing.
     """
     own, theirs = config_from_state_dict(model.state_dict()), config_from_state_dict(state)
+    if theirs["lora_rank"]:
+        raise UserError("the pretrained model was itself fine-tuned with low-rank adapters: start from the one that it "
+                        "started from.")
     for name, value in own.items():
-        if name in ("num_voxels", "backbone") or theirs.get(name) == value or value is False:
+        if name in ("num_voxels", "backbone", "prior") or theirs.get(name) == value or value is False:
             continue
         if value is True:
             raise UserError(f"the pretrained model has no {name} part, this one does: pass --no-{name}.")

@@ -78,18 +78,42 @@ def uncast(linear: nn.Linear, x: Tensor) -> Tensor:
         return linear(x.to(linear.weight.dtype))
 
 
+class AdaptedLinear(nn.Linear):
+    """A linear layer that stays as it is, and a correction of low rank that learns: W x + up (down x).
+
+    LoRA (Hu et al. 2021, arXiv 2106.09685). `up` starts at 0, so the layer starts as the one it is made of.
+    """
+    def __init__(self, linear: nn.Linear, rank: int) -> None:
+        super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+        self.down = nn.Parameter(torch.randn(rank, self.in_features) / math.sqrt(self.in_features))
+        self.up = nn.Parameter(torch.zeros(self.out_features, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(.., in) -> (.., out)."""
+        return super().forward(x) + x @ self.down.T @ self.up.T
+
+
 class RidgeRegression(nn.Module):
     """One linear layer per subject into a common space: the only part of the model that knows whose brain it is (2.1).
 
-    It is "ridge" through the optimizer's weight decay. Layer i belongs to the i-th subject of the run.
+    It is "ridge" through the optimizer's weight decay. Layer i belongs to the i-th subject of the run. kind="mlp" bends
+    its output as the first layer of MindEye1 does, which the paper compares with in Table 4.
     """
-    def __init__(self, num_voxels: list[int], hidden_dim: int) -> None:
+    def __init__(self, num_voxels: list[int], hidden_dim: int, kind: str = "linear") -> None:
         super().__init__()
+        if kind not in ("linear", "mlp"):
+            raise ValueError(f"ridge {kind!r} is not 'linear' or 'mlp'")
         self.linears = nn.ModuleList(nn.Linear(voxels, hidden_dim) for voxels in num_voxels)
+        self.bends = None
+        if kind == "mlp":
+            self.bends = nn.ModuleList(nn.Sequential(nn.LayerNorm(hidden_dim), nn.GELU(), nn.Dropout(0.5))
+                                       for _ in num_voxels)
 
     def forward(self, voxels: Tensor, subject: int) -> Tensor:
         """(B, V) or (B, 1, V) z-scored voxels of one subject -> (B, h)."""
-        return uncast(self.linears[subject], voxels.flatten(1))  # (B, h)
+        x = uncast(self.linears[subject], voxels.flatten(1))  # (B, h)
+        return x if self.bends is None else self.bends[subject](x)
 
 
 def _mixer_block(width: int) -> nn.Sequential:
@@ -404,10 +428,14 @@ class PriorNetwork(nn.Module):
     """Predicts the clean image tokens from noisy ones, the time and the brain tokens (2.2).
 
     It reads [S brain tokens | 1 time token | S noisy image tokens + learned positions] and keeps the last S.
+    predicts="target" makes of those the clean tokens, as the paper does; "correction" adds them to the brain tokens: a
+    linear map from brain to image then needs no layer of the transformer, which learns what is missing.
     """
-    def __init__(self, num_tokens: int, dim: int, depth: int, dim_head: int) -> None:
+    def __init__(self, num_tokens: int, dim: int, depth: int, dim_head: int, predicts: str = "target") -> None:
         super().__init__()
-        self.num_tokens = num_tokens
+        if predicts not in ("target", "correction"):
+            raise ValueError(f"prior {predicts!r} is not 'target' or 'correction'")
+        self.num_tokens, self.predicts = num_tokens, predicts
         self.learned_query = nn.Parameter(torch.randn(num_tokens, dim) * dim**-0.5)
         self.null_brain_embeds = nn.Parameter(torch.randn(num_tokens, dim))
         self.null_image_embed = nn.Parameter(torch.randn(num_tokens, dim))
@@ -428,7 +456,8 @@ class PriorNetwork(nn.Module):
             noisy = torch.where(image_keep[:, None, None], noisy, self.null_image_embed)   # (B, S, D)
         time = self.to_time_embeds(times)[:, None]                                         # (B, 1, D)
         x = torch.cat((brain, time, noisy + self.learned_query), 1)                        # (B, 2 S + 1, D)
-        return self.causal_transformer(x, self.num_tokens)                                 # (B, S, D)
+        out = self.causal_transformer(x, self.num_tokens)                                  # (B, S, D)
+        return brain + out if self.predicts == "correction" else out
 
 
 class DiffusionPrior(nn.Module):
@@ -436,11 +465,13 @@ class DiffusionPrior(nn.Module):
 
     The targets are CLIP's raw tokens, neither normalised nor rescaled.
     """
-    def __init__(self, num_tokens: int, dim: int, depth: int, dim_head: int, timesteps: int) -> None:
+    def __init__(
+        self, num_tokens: int, dim: int, depth: int, dim_head: int, timesteps: int, predicts: str = "target",
+    ) -> None:
         super().__init__()
         self.timesteps = timesteps
         self.noise_scheduler = NoiseScheduler(timesteps)
-        self.net = PriorNetwork(num_tokens, dim, depth, dim_head)
+        self.net = PriorNetwork(num_tokens, dim, depth, dim_head, predicts)
 
     def loss(
         self, backbone: Tensor, clip_target: Tensor, timesteps: Tensor | None = None, noise: Tensor | None = None,
@@ -478,23 +509,24 @@ class DiffusionPrior(nn.Module):
     @torch.no_grad()
     def sample(
         self, backbone: Tensor, timesteps: int = 20, noise: Tensor | None = None, step_noise: Tensor | None = None,
-        guidance: float = 1.0, generator: torch.Generator | None = None,
+        guidance: float = 1.0, generator: torch.Generator | None = None, method: str | None = None,
     ) -> Tensor:
         """Draw image tokens (B, S, D) for brain tokens (B, S, D).
 
-        timesteps 2..T-1 samples by DDIM with one network call fewer than that (20 -> 19 calls, 18 draws), T by DDPM
-        (T calls, T draws). noise (B, S, D) starts it, step_noise (draws, B, S, D) is added on the way; what is None
-        is drawn from `generator`. Raises ValueError for other timesteps.
+        method "ddim" calls the network once less than timesteps, 2..T (20 -> 19 calls, 18 draws); "ddpm" takes all T
+        steps (T calls, T draws); None is the original's choice: DDPM for T, DDIM for fewer. noise (B, S, D) starts it,
+        step_noise (draws, B, S, D) is added on the way; what is None is drawn from `generator`. Raises ValueError.
         """
-        if not 2 <= timesteps <= self.timesteps:
-            raise ValueError(f"timesteps must lie in 2..{self.timesteps}, not {timesteps}")
+        if not 2 <= timesteps <= self.timesteps or method == "ddpm" and timesteps != self.timesteps:
+            raise ValueError(f"timesteps must lie in 2..{self.timesteps}, all of them for DDPM, not {timesteps}")
         source = backbone.device if generator is None else generator.device
 
         def randn() -> Tensor:
             return torch.randn(backbone.shape, generator=generator, device=source).to(backbone.device)
 
         draw = randn if step_noise is None else iter(step_noise).__next__
-        sampler = self._ddpm if timesteps == self.timesteps else self._ddim
+        method = method or ("ddpm" if timesteps == self.timesteps else "ddim")
+        sampler = self._ddpm if method == "ddpm" else self._ddim
         return sampler(randn() if noise is None else noise.float(), backbone, timesteps, guidance, draw)
 
     def _ddpm(self, x: Tensor, backbone: Tensor, timesteps: int, guidance: float, draw: Callable[[], Tensor]) -> Tensor:
@@ -538,12 +570,15 @@ class MindEye2(nn.Module):
         self, num_voxels: list[int], hidden_dim: int = 4096, n_blocks: int = 4, clip_seq_dim: int = 256,
         clip_emb_dim: int = 1664, latent_size: int = 28, blurry_recon: bool = True, use_prior: bool = True,
         backbone: str = "released", prior_depth: int = 6, prior_dim_head: int = 52, prior_timesteps: int = 100,
+        ridge: str = "linear", prior: str = "target", lora_rank: int = 0,
     ) -> None:
         super().__init__()
-        self.ridge = RidgeRegression(num_voxels, hidden_dim)
+        self.ridge = RidgeRegression(num_voxels, hidden_dim, ridge)
         self.backbone = Backbone(hidden_dim, n_blocks, clip_seq_dim, clip_emb_dim, latent_size, blurry_recon, backbone)
         prior_sizes = clip_seq_dim, clip_emb_dim, prior_depth, prior_dim_head, prior_timesteps
-        self.diffusion_prior = DiffusionPrior(*prior_sizes) if use_prior else None
+        self.diffusion_prior = DiffusionPrior(*prior_sizes, prior) if use_prior else None
+        if lora_rank:
+            self.adapt(lora_rank)
 
     def embed(self, voxels: Tensor, subject: int = 0) -> SimpleNamespace:
         """Voxels (B, V) or (B, 1, V) of one subject (its index in the ridge) -> the backbone's four outputs.
@@ -564,6 +599,22 @@ class MindEye2(nn.Module):
         if self.diffusion_prior is not None and clip_target is not None:
             out["loss_prior"], out["prior_prediction"] = self.diffusion_prior.loss(out["backbone"], clip_target)
         return out
+
+    def freeze(self) -> None:
+        """Let nothing learn but the ridge: what is new about a subject is then one linear map (2.1)."""
+        for part in (self.backbone, self.diffusion_prior):
+            if part is not None:
+                part.requires_grad_(False)
+
+    def adapt(self, rank: int) -> None:
+        """Freeze all but the ridge, and give backbone_linear and the prior's linear layers corrections that learn."""
+        self.freeze()
+        layers = [(self.backbone, "backbone_linear", self.backbone.backbone_linear)]
+        if self.diffusion_prior is not None:
+            layers += [(parent, name, child) for parent in self.diffusion_prior.net.causal_transformer.modules()
+                       for name, child in parent.named_children() if isinstance(child, nn.Linear)]
+        for parent, name, linear in layers:
+            setattr(parent, name, AdaptedLinear(linear, rank))
 
     def compile_blocks(self) -> None:
         """torch.compile what most of a step's time goes to, by pieces: the whole would take minutes."""

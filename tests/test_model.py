@@ -368,7 +368,8 @@ def test_checkpoint_round_trip(tmp_path):
         checkpoint = checkpoints.load_checkpoint(path)
         state = checkpoint["model_state_dict"]
         config = checkpoints.config_from_state_dict(state) | checkpoint["config"]
-        assert config == TINY | {"backbone": "mlp", "blurry_recon": True, "use_prior": True, "prior_timesteps": 100}
+        assert config == TINY | {"backbone": "mlp", "blurry_recon": True, "use_prior": True, "prior_timesteps": 100,
+                                 "ridge": "linear", "prior": "target", "lora_rank": 0}
         again = m.MindEye2(**config)
         again.load_state_dict(state, strict=True)
         assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
