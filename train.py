@@ -558,7 +558,7 @@ def report(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNamesp
             logs |= {f"val/{name}": value for name, value in scores.items() if isinstance(value, float)}
             # Without the contrastive loss, nothing ever trained what retrieves.
             score = scores["reciprocal_rank"] if args.clip_scale or not args.use_prior else -scores["loss_prior"]
-            if score > run.best:
+            if score >= run.best:  # of equal ones the later, whose learning rate has come down further
                 run.best = score
                 if args.ckpt_saving:
                     checkpoints.save_checkpoint(run_folder(args) / "best.pth", bare, **about(args, accelerator, run))
