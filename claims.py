@@ -452,7 +452,8 @@ def check(claim: Claim, scores: dict[str, list[dict]]) -> dict:
         differences = [a - b for a, b in zip(values(expect.a, expect.metric), values(expect.b, expect.metric),
                                              strict=True)]
         mean, half = interval(differences)
-        compared.append(asdict(expect) | {"differences": differences, "mean": mean, "half": half,
+        compared.append(asdict(expect) | {"differences": differences, "mean": mean,
+                                          "half": half if math.isfinite(half) else None,  # of one seed
                                           "verdict": verdict(differences, expect.within)})
     arms = {label: {"arm": arm, **{metric: values(label, metric) for metric in claim.metrics}}
             for label, arm in claim.arms.items()}
@@ -468,16 +469,17 @@ def print_claim(name: str, claim: Claim, found: dict) -> None:
     """The claim, the paper's numbers, the toy's in Markdown, the comparisons, the verdict."""
     print(f"\n## ({claim.letter}) {name}: {claim.says}\n\nPaper: {claim.paper}.\n")
     width = max(map(len, claim.arms))
-    print(f"| {'':<{width}} | " + " | ".join(f"{METRICS[metric]:>14}" for metric in claim.metrics) + " |")
-    print(f"|{'-' * (width + 2)}|" + "|".join("-" * 15 + ":" for _ in claim.metrics) + "|")
+    print(f"| {'':<{width}} | " + " | ".join(f"{METRICS[metric]:>15}" for metric in claim.metrics) + " |")
+    print(f"|{'-' * (width + 2)}|" + "|".join("-" * 16 + ":" for _ in claim.metrics) + "|")
     for label, numbers in found["arms"].items():
         cells = ["{:.3f} ± {:.3f}".format(*interval(numbers[metric])) for metric in claim.metrics]
-        print(f"| {label:<{width}} | " + " | ".join(f"{cell:>14}" for cell in cells) + " |")
+        print(f"| {label:<{width}} | " + " | ".join(f"{cell:>15}" for cell in cells) + " |")
     print()
     for entry in found["compared"]:
         wanted = "> 0" if entry["within"] is None else f"within {entry['within']:g} of 0"
-        print(f"* {METRICS[entry['metric']]}, {title(entry['a'])} - {title(entry['b'])}: {entry['mean']:+.3f} ± "
-              f"{entry['half']:.3f} (claim: {wanted}): {entry['verdict']}")
+        mean, half = interval(entry["differences"])
+        print(f"* {METRICS[entry['metric']]}, {title(entry['a'])} - {title(entry['b'])}: {mean:+.3f} ± {half:.3f} "
+              f"(claim: {wanted}): {entry['verdict']}")
     reason = f" Likely why: {claim.if_not}." if found["verdict"] == FAILS else ""
     print(f"\nVerdict: **{found['verdict']}**.{reason}")
 

@@ -512,8 +512,8 @@ def main(argv: list[str] | None = None) -> list[dict] | dict:
     args = parse_args(argv)
     if args.claims is not None:
         import claims
-        return claims.main(args.claims, args.seed or [0, 1, 2], Path(args.data_path or f"claims{'-smoke' * args.smoke}"),
-                           args.smoke, args.jobs, args.rebuild)
+        base = Path(args.data_path or ("claims-smoke" if args.smoke else "claims"))
+        return claims.main(args.claims, args.seed or [0, 1, 2], base, args.smoke, args.jobs, args.rebuild)
     args.seed = args.seed or [0]
     start = time.time()
     if args.train_frozen:
