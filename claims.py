@@ -335,8 +335,8 @@ def judge_arm(name: str, folder: Path, seed: int, flags: dict[str, str]) -> dict
     return {metric: scores[metric] for metric in METRICS if metric in scores}
 
 
-def run_arm(name: str, seed: int, base: Path, sizes: Sizes) -> float:
-    """Train and judge an arm, or do what is left of it; returns the seconds. What the stages say goes to log.txt."""
+def run_arm(name: str, seed: int, base: Path, sizes: Sizes) -> None:
+    """Train and judge an arm, or do what is left of it. What the stages say goes to log.txt."""
     folder, flags, began = base / f"seed{seed}", flags_of(name, sizes), time.time()
     places = [folder / "train_logs" / name, folder / "evals" / name]
     known = record(folder, name, sizes)
@@ -346,14 +346,16 @@ def run_arm(name: str, seed: int, base: Path, sizes: Sizes) -> float:
         known = {"flags": flags, "seconds": 0.}
         write_json(folder / "arms" / f"{name}.json", known)
     places[0].mkdir(parents=True, exist_ok=True)
-    with open(places[0] / "log.txt", "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        if "train" in flags:
-            train_arm(name, folder, seed, flags["train"])
-        scores = judge_arm(name, folder, seed, flags) if "recon" in flags else {}
+    log = open(places[0] / "log.txt", "a")
+    try:
+        with log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+            if "train" in flags:
+                train_arm(name, folder, seed, flags["train"])
+            known["scores"] = judge_arm(name, folder, seed, flags) if "recon" in flags else {}
+    finally:  # also of what is interrupted
+        known["seconds"] = round(known["seconds"] + time.time() - began, 1)
+        write_json(folder / "arms" / f"{name}.json", known)
     (places[0] / "last.pth").unlink(missing_ok=True)  # two thirds of the space, for going on with what is done now
-    seconds = known["seconds"] + time.time() - began
-    write_json(folder / "arms" / f"{name}.json", known | {"seconds": round(seconds, 1), "scores": scores})
-    return seconds
 
 
 def prepare_worker() -> None:
@@ -506,7 +508,9 @@ def main(names: list[str], seeds: list[int], base: Path, smoke: bool = False, pr
         found[name] = check(claim, {label: [of_seed["scores"] for of_seed in arms[arm]]
                                     for label, arm in claim.arms.items()})
         print_claim(name, claim, found[name])
-    print("\n" + "\n".join(f"({entry['letter']}) {name:<11} {entry['verdict']}" for name, entry in found.items()))
+    print(f"\n| claim | | with {len(seeds)} seed{'s' * (len(seeds) > 1)} |\n|---|---|---|")
+    for name, entry in found.items():
+        print(f"| ({entry['letter']}) {name} | {entry['says']} | {entry['verdict']} |")
     results = {"seeds": seeds, "hash": digest(found), "claims": found,
                "arms": {arm: {"flags": flags_of(arm, sizes), "seconds": [of_seed["seconds"] for of_seed in known]}
                         for arm, known in arms.items()}}

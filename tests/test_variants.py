@@ -172,6 +172,15 @@ def test_low_rank_fine_tuning(smoke_world, pretrained, tmp_path, monkeypatch):  
         run(smoke_world, tmp_path, "--model_name=again", "--finetune=lora")
 
 
+def test_a_frozen_wide_weight_is_left_alone():
+    """An optimizer that takes wide weights in pieces has no gradient to share for them."""
+    wide, small = torch.nn.Parameter(torch.ones(7, 4), requires_grad=False), torch.nn.Parameter(torch.ones(2))
+    optimizer = train.in_pieces(torch.optim.AdamW, [{"params": [wide, small]}], most=12, lr=.1)
+    small.sum().backward()
+    optimizer.step()
+    assert (wide == 1).all() and (small < 1).all()
+
+
 def test_an_adapted_layer_starts_as_it_was():
     torch.manual_seed(0)
     linear, x = torch.nn.Linear(6, 4), torch.randn(5, 6)
@@ -188,6 +197,14 @@ def test_without_the_contrastive_loss_the_prior_chooses_the_best(smoke_world, tm
     step, value = min(history["val/loss_prior"], key=lambda point: point[1])
     assert best["step"] == step
     assert checkpoints.load_checkpoint(tmp_path / "train_logs/a")["best"] == -value
+
+
+def test_of_equal_validations_the_later_is_the_best(smoke_world, tmp_path, monkeypatch):
+    plain = train.test
+    monkeypatch.setattr(train, "test", lambda *given: plain(*given) | {"reciprocal_rank": .5})
+    run(smoke_world, tmp_path, "--model_name=a", "--val_sessions=1", "--no-blurry_recon", "--ckpt_interval=1", *SMALL)
+    best, last = (checkpoints.load_checkpoint(tmp_path / f"train_logs/a/{name}.pth") for name in ("best", "last"))
+    assert best["step"] == last["step"] and last["best"] == .5
 
 
 # ---- how the prior is sampled
