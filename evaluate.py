@@ -47,6 +47,7 @@ from torch import Tensor
 import judges
 import metrics
 from arrays import load_array, load_scores, load_texts
+from checkpoints import reading
 from data import (
     Images,
     average_repeats,
@@ -64,7 +65,7 @@ from frozen import load_clip
 from gnet import load_gnet
 from judges import Missing
 from metrics import CAPTIONS, PICTURES, REGIONS, ROWS
-from model import UserError, reading, run_main
+from model import UserError, run_main
 
 NSD_IMAGES = (73000, 224)  # number and side of the pictures in NSD's file: others are of another dataset
 VISION = {"alexnet": ("alex2", "alex5"), "inception": ("inception",), "clip_l": ("clip_l",),

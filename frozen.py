@@ -33,8 +33,9 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from tqdm import tqdm
 from transformers import AutoTokenizer, ConvNextModel, GitForCausalLM, PreTrainedTokenizerBase
 
+from checkpoints import reading, torch_load
 from files import is_disk_full, replacing_folder
-from model import UserError, reading, torch_load
+from model import UserError
 
 
 def _frozen(network: nn.Module, device: str | torch.device, dtype: torch.dtype = torch.float32) -> nn.Module:

@@ -26,8 +26,9 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from checkpoints import torch_load
 from judges import Missing
-from model import UserError, torch_load
+from model import UserError
 
 FILE = "gnet_multisubject.pt"
 SIDE = 227  # pixels, AlexNet's; the trunk's first two layers have AlexNet's shape

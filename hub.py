@@ -377,8 +377,8 @@ def fetch_model(name: str, train_logs: str | Path = "train_logs", flag: str = "-
     """{train_logs}/{name}/last.pth; a released model that is not there is fetched first.
 
     train_logs   folder of the checkpoints; `flag` is who named the model, for the error's sentence
-    The path is what model.load_checkpoint wants, also where the release has DeepSpeed's folder last/ instead. With
-    several processes, call it in one of them first. Raises UserError when it is neither there nor released.
+    The path is what checkpoints.load_checkpoint wants, also where the release has DeepSpeed's folder last/ instead.
+    With several processes, call it in one of them first. Raises UserError when it is neither there nor released.
     """
     folder = Path(train_logs) / name
     if (folder / "last.pth").exists() or list(folder.glob("last/*model_states.pt")):

@@ -40,10 +40,11 @@ from torchvision import models
 from torchvision.models.feature_extraction import create_feature_extractor
 from transformers import AutoModel, AutoTokenizer
 
+from checkpoints import reading, torch_load
 from data import resized
 from files import is_disk_full
 from frozen import CLIP_MEAN, CLIP_STD, normalised
-from model import UserError, reading, run_main, torch_load
+from model import UserError, run_main
 
 FLAG = "--cache_dir"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

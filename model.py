@@ -7,9 +7,9 @@ What is here, in reading order:
     diffusion prior    NoiseScheduler ... DiffusionPrior     those tokens -> tokens that the image decoder understands
     MindEye2           the three together; its forward is the one call that DDP or DeepSpeed wraps
     losses             mixco, mixco_nce, soft_clip_loss, soft_contrastive_loss, cosine_anneal
-    optimizer groups, checkpoints
+    optimizer groups   parameter_groups
 
-The networks that MindEye2 takes from others and never trains are in frozen.py.
+The networks that MindEye2 takes from others and never trains are in frozen.py; weights on the disk, in checkpoints.py.
 
 Sources: Scotti et al. 2024, "MindEye2", arXiv 2403.11207 (section numbers below are its own); the public release
 of its code, whose state-dict names are kept so that its checkpoints load with strict=True; DALL-E 2, arXiv
@@ -23,15 +23,9 @@ N = 2 S + 1 tokens inside the prior, H heads of d channels.
 from __future__ import annotations
 
 import math
-import pickle
-import re
 import sys
-import zipfile
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -40,7 +34,7 @@ from diffusers.models.autoencoders.vae import Decoder
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from files import is_disk_full, save
+from files import is_disk_full
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Errors that the user can mend
@@ -116,18 +110,42 @@ def gathered(x: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+class AdaptedLinear(nn.Linear):
+    """A linear layer that stays as it is, and a correction of low rank that learns: W x + up (down x).
+
+    LoRA (Hu et al. 2021, arXiv 2106.09685). `up` starts at 0, so the layer starts as the one it is made of.
+    """
+    def __init__(self, linear: nn.Linear, rank: int) -> None:
+        super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+        self.down = nn.Parameter(torch.randn(rank, self.in_features) / math.sqrt(self.in_features))
+        self.up = nn.Parameter(torch.zeros(self.out_features, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(.., in) -> (.., out)."""
+        return super().forward(x) + x @ self.down.T @ self.up.T
+
+
 class RidgeRegression(nn.Module):
     """One linear layer per subject into a common space: the only part of the model that knows whose brain it is (2.1).
 
-    It is "ridge" through the optimizer's weight decay. Layer i belongs to the i-th subject of the run.
+    It is "ridge" through the optimizer's weight decay. Layer i belongs to the i-th subject of the run. kind="mlp" bends
+    its output as the first layer of MindEye1 does, which the paper compares with in Table 4.
     """
-    def __init__(self, num_voxels: list[int], hidden_dim: int) -> None:
+    def __init__(self, num_voxels: list[int], hidden_dim: int, kind: str = "linear") -> None:
         super().__init__()
+        if kind not in ("linear", "mlp"):
+            raise ValueError(f"ridge {kind!r} is not 'linear' or 'mlp'")
         self.linears = nn.ModuleList(WideLinear(voxels, hidden_dim) for voxels in num_voxels)
+        self.bends = None
+        if kind == "mlp":
+            self.bends = nn.ModuleList(nn.Sequential(nn.LayerNorm(hidden_dim), nn.GELU(), nn.Dropout(0.5))
+                                       for _ in num_voxels)
 
     def forward(self, voxels: Tensor, subject: int) -> Tensor:
         """(B, V) or (B, 1, V) z-scored voxels of one subject -> (B, h)."""
-        return self.linears[subject](voxels.flatten(1))  # (B, h)
+        x = self.linears[subject](voxels.flatten(1))  # (B, h)
+        return x if self.bends is None else self.bends[subject](x)
 
 
 def _mixer_block(width: int) -> nn.Sequential:
@@ -442,10 +460,14 @@ class PriorNetwork(nn.Module):
     """Predicts the clean image tokens from noisy ones, the time and the brain tokens (2.2).
 
     It reads [S brain tokens | 1 time token | S noisy image tokens + learned positions] and keeps the last S.
+    predicts="target" makes of those the clean tokens, as the paper does; "correction" adds them to the brain tokens: a
+    linear map from brain to image then needs no layer of the transformer, which learns what is missing.
     """
-    def __init__(self, num_tokens: int, dim: int, depth: int, dim_head: int) -> None:
+    def __init__(self, num_tokens: int, dim: int, depth: int, dim_head: int, predicts: str = "target") -> None:
         super().__init__()
-        self.num_tokens = num_tokens
+        if predicts not in ("target", "correction"):
+            raise ValueError(f"prior {predicts!r} is not 'target' or 'correction'")
+        self.num_tokens, self.predicts = num_tokens, predicts
         self.learned_query = nn.Parameter(torch.randn(num_tokens, dim) * dim**-0.5)
         self.null_brain_embeds = nn.Parameter(torch.randn(num_tokens, dim))
         self.null_image_embed = nn.Parameter(torch.randn(num_tokens, dim))
@@ -466,7 +488,8 @@ class PriorNetwork(nn.Module):
             noisy = torch.where(image_keep[:, None, None], noisy, self.null_image_embed)   # (B, S, D)
         time = self.to_time_embeds(times)[:, None]                                         # (B, 1, D)
         x = torch.cat((brain, time, noisy + self.learned_query), 1)                        # (B, 2 S + 1, D)
-        return self.causal_transformer(x, self.num_tokens)                                 # (B, S, D)
+        out = self.causal_transformer(x, self.num_tokens)                                  # (B, S, D)
+        return brain + out if self.predicts == "correction" else out
 
 
 class DiffusionPrior(nn.Module):
@@ -474,11 +497,13 @@ class DiffusionPrior(nn.Module):
 
     The targets are CLIP's raw tokens, neither normalised nor rescaled.
     """
-    def __init__(self, num_tokens: int, dim: int, depth: int, dim_head: int, timesteps: int) -> None:
+    def __init__(
+        self, num_tokens: int, dim: int, depth: int, dim_head: int, timesteps: int, predicts: str = "target",
+    ) -> None:
         super().__init__()
         self.timesteps = timesteps
         self.noise_scheduler = NoiseScheduler(timesteps)
-        self.net = PriorNetwork(num_tokens, dim, depth, dim_head)
+        self.net = PriorNetwork(num_tokens, dim, depth, dim_head, predicts)
 
     def loss(
         self, backbone: Tensor, clip_target: Tensor, timesteps: Tensor | None = None, noise: Tensor | None = None,
@@ -516,23 +541,24 @@ class DiffusionPrior(nn.Module):
     @torch.no_grad()
     def sample(
         self, backbone: Tensor, timesteps: int = 20, noise: Tensor | None = None, step_noise: Tensor | None = None,
-        guidance: float = 1.0, generator: torch.Generator | None = None,
+        guidance: float = 1.0, generator: torch.Generator | None = None, method: str | None = None,
     ) -> Tensor:
         """Draw image tokens (B, S, D) for brain tokens (B, S, D).
 
-        timesteps 2..T-1 samples by DDIM with one network call fewer than that (20 -> 19 calls, 18 draws), T by DDPM
-        (T calls, T draws). noise (B, S, D) starts it, step_noise (draws, B, S, D) is added on the way; what is None
-        is drawn from `generator`. Raises ValueError for other timesteps.
+        method "ddim" calls the network once less than timesteps, 2..T (20 -> 19 calls, 18 draws); "ddpm" takes all T
+        steps (T calls, T draws); None is the original's choice: DDPM for T, DDIM for fewer. noise (B, S, D) starts it,
+        step_noise (draws, B, S, D) is added on the way; what is None is drawn from `generator`. Raises ValueError.
         """
-        if not 2 <= timesteps <= self.timesteps:
-            raise ValueError(f"timesteps must lie in 2..{self.timesteps}, not {timesteps}")
+        if not 2 <= timesteps <= self.timesteps or method == "ddpm" and timesteps != self.timesteps:
+            raise ValueError(f"timesteps must lie in 2..{self.timesteps}, all of them for DDPM, not {timesteps}")
         source = backbone.device if generator is None else generator.device
 
         def randn() -> Tensor:
             return torch.randn(backbone.shape, generator=generator, device=source).to(backbone.device)
 
         draw = randn if step_noise is None else iter(step_noise).__next__
-        sampler = self._ddpm if timesteps == self.timesteps else self._ddim
+        method = method or ("ddpm" if timesteps == self.timesteps else "ddim")
+        sampler = self._ddpm if method == "ddpm" else self._ddim
         return sampler(randn() if noise is None else noise.float(), backbone, timesteps, guidance, draw)
 
     def _ddpm(self, x: Tensor, backbone: Tensor, timesteps: int, guidance: float, draw: Callable[[], Tensor]) -> Tensor:
@@ -576,12 +602,15 @@ class MindEye2(nn.Module):
         self, num_voxels: list[int], hidden_dim: int = 4096, n_blocks: int = 4, clip_seq_dim: int = 256,
         clip_emb_dim: int = 1664, latent_size: int = 28, blurry_recon: bool = True, use_prior: bool = True,
         backbone: str = "released", prior_depth: int = 6, prior_dim_head: int = 52, prior_timesteps: int = 100,
+        ridge: str = "linear", prior: str = "target", lora_rank: int = 0,
     ) -> None:
         super().__init__()
-        self.ridge = RidgeRegression(num_voxels, hidden_dim)
+        self.ridge = RidgeRegression(num_voxels, hidden_dim, ridge)
         self.backbone = Backbone(hidden_dim, n_blocks, clip_seq_dim, clip_emb_dim, latent_size, blurry_recon, backbone)
         prior_sizes = clip_seq_dim, clip_emb_dim, prior_depth, prior_dim_head, prior_timesteps
-        self.diffusion_prior = DiffusionPrior(*prior_sizes) if use_prior else None
+        self.diffusion_prior = DiffusionPrior(*prior_sizes, prior) if use_prior else None
+        if lora_rank:
+            self.adapt(lora_rank)
 
     def embed(self, voxels: Tensor, subject: int = 0) -> SimpleNamespace:
         """Voxels (B, V) or (B, 1, V) of one subject (its index in the ridge) -> the backbone's four outputs.
@@ -602,6 +631,22 @@ class MindEye2(nn.Module):
         if self.diffusion_prior is not None and clip_target is not None:
             out["loss_prior"], out["prior_prediction"] = self.diffusion_prior.loss(out["backbone"], clip_target)
         return out
+
+    def freeze(self) -> None:
+        """Let nothing learn but the ridge: what is new about a subject is then one linear map (2.1)."""
+        for part in (self.backbone, self.diffusion_prior):
+            if part is not None:
+                part.requires_grad_(False)
+
+    def adapt(self, rank: int) -> None:
+        """Freeze all but the ridge, and give backbone_linear and the prior's linear layers corrections that learn."""
+        self.freeze()
+        layers = [(self.backbone, "backbone_linear", self.backbone.backbone_linear)]
+        if self.diffusion_prior is not None:
+            layers += [(parent, name, child) for parent in self.diffusion_prior.net.causal_transformer.modules()
+                       for name, child in parent.named_children() if isinstance(child, nn.Linear)]
+        for parent, name, linear in layers:
+            setattr(parent, name, AdaptedLinear(linear, rank))
 
     def compile_blocks(self) -> None:
         """torch.compile what most of a step's time goes to, by pieces: the whole would take minutes."""
@@ -708,7 +753,7 @@ def cosine_anneal(start: float, end: float, steps: int) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Optimizer groups and checkpoints
+# Optimizer groups
 
 def parameter_groups(model: nn.Module, weight_decay: float = 1e-2) -> list[dict]:
     """AdamW groups in the original's order: ridge | backbone decayed, not | prior decayed, not.
@@ -725,196 +770,3 @@ def parameter_groups(model: nn.Module, weight_decay: float = 1e-2) -> list[dict]
         groups.append({"params": [p for name, p in named if "bias" not in name], "weight_decay": weight_decay})
         groups.append({"params": [p for name, p in named if "bias" in name], "weight_decay": 0.0})
     return groups
-
-
-def save_checkpoint(path: str | Path, model: nn.Module, **extra: object) -> None:
-    """Write model_state_dict and whatever is in `extra` (epoch, optimizer_state_dict, lr_scheduler, losses, lrs, ...).
-
-    Written beside `path` and renamed, so that an interrupted run leaves the former file whole. Give
-    config={"backbone": "mlp"} for that backbone: nothing in the weights tells it.
-    """
-    state = getattr(model, "module", model).state_dict()
-    save(path, {"model_state_dict": state, **extra})
-
-
-@contextmanager
-def reading(path: Path, flag: str, must_exist: bool = True) -> Iterator[None]:
-    """Turn "not there" and "not readable" into a UserError that names the file and the flag."""
-    if must_exist and not path.exists():
-        raise UserError(f"{path} does not exist: put it there, or name another place with {flag}.")
-    try:
-        yield
-    except Exception as error:  # a damaged file leads its reader into errors of any type
-        if isinstance(error, UserError) or is_disk_full(error):
-            raise
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        raise UserError(f"{path} cannot be read ({reason}): replace it, or name another with {flag}.") from error
-
-
-class _TensorsOnly:
-    """A pickle module for torch.load that builds tensors and replaces every other object by an empty shell."""
-    class Unpickler(pickle.Unpickler):
-        def find_class(self, module: str, name: str) -> object:
-            if (module, name) in {("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_parameter")}:
-                return super().find_class(module, name)
-            known = {("collections", "OrderedDict"): OrderedDict, ("torch", "Size"): torch.Size}
-            # A shell takes what the object would: arguments, a state, the items of a dictionary or list.
-            filled_by = ("__init__", "__setstate__", "__setitem__", "append", "extend")
-            shell = type(name, (), dict.fromkeys(filled_by, lambda self, *args, **kwargs: None))
-            return known.get((module, name), shell)
-
-
-def torch_load(path: Path, flag: str) -> dict:
-    """Read a file of torch.save onto the CPU without running any code that it may hold; memory-mapped if possible."""
-    with reading(path, flag):
-        options = {"map_location": "cpu", "mmap": zipfile.is_zipfile(path)}
-        try:
-            return torch.load(path, weights_only=True, **options)
-        except pickle.UnpicklingError:  # torch 2.1, which the original used, kept a function in OneCycleLR's state
-            if not options["mmap"]:
-                raise
-            return torch.load(path, weights_only=False, pickle_module=_TensorsOnly, **options)
-
-
-def _deepspeed_partitions(folder: Path, flag: str) -> list[list[Tensor]]:
-    """What each rank of a DeepSpeed run kept of the float32 weights: per rank, one flat vector per parameter group.
-
-    Empty without the ranks' files. Raises UserError when one is missing or damaged, or of ZeRO stage 3.
-    """
-    ranks, count = {}, 0
-    for file in folder.glob("*zero_pp_rank_*_mp_rank_00_optim_states.pt"):
-        content = torch_load(file, flag)
-        with reading(file, flag):
-            kept = content["optimizer_state_dict"]
-            if kept.get("zero_stage") == 3 or "single_partition_of_fp32_groups" not in kept:
-                raise UserError(f"{file} is of ZeRO stage 3, only 1 and 2 can be read: name another with {flag}.")
-            counts = kept["partition_count"]  # a list, one number per group, in some versions
-            count = max(count, *counts) if isinstance(counts, list | tuple) else max(count, counts)
-            ranks[int(re.search(r"rank_(\d+)", file.name)[1])] = kept["single_partition_of_fp32_groups"]
-    for rank in range(count):
-        if rank not in ranks:
-            file = folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
-            raise UserError(f"{file} does not exist: put all {count} ranks' files there, or name another with {flag}.")
-    return [ranks[rank] for rank in range(count)]
-
-
-def _join_partitions(groups: list[dict[str, torch.Size]], ranks: list[list[Tensor]]) -> dict[str, Tensor]:
-    """The named float32 weights: each group's vector, cut in the order of its shapes. Raises ValueError."""
-    state = {}
-    if any(len(vectors) != len(groups) for vectors in ranks):
-        raise ValueError(f"its {len(groups)} parameter groups are not those of the ranks' files")
-    for i, shapes in enumerate(groups):
-        flat = torch.cat([vectors[i] for vectors in ranks])  # (numbers of the group,)
-        sizes = [math.prod(shape) for shape in shapes.values()]
-        padding = len(flat) - sum(sizes)  # DeepSpeed fills up to a multiple of twice the ranks
-        if not 0 <= padding < 2 * len(ranks):
-            raise ValueError(f"its weights have {sum(sizes)} numbers in a group, the ranks' files {len(flat)}")
-        weights = flat.split([*sizes, padding])[:-1]
-        state |= {name: w.view(shape) for (name, shape), w in zip(shapes.items(), weights, strict=True)}
-    return state
-
-
-def _load_deepspeed(folder: Path, flag: str) -> dict:
-    """A checkpoint folder of DeepSpeed's ZeRO, stage 1 or 2: {"model_state_dict": ...}, without DeepSpeed.
-
-    The model's file holds half weights. The float32 ones that were trained lie in the ranks' files: per parameter
-    group one vector, cut into as many pieces as there are ranks. Without those files the half weights are returned.
-    Raises UserError when a file is missing, damaged, of stage 3, or when the sizes do not add up.
-    """
-    file = folder / "mp_rank_00_model_states.pt"
-    if not file.exists() and any(folder.glob("zero_pp_rank_*_model_states.pt")):
-        raise UserError(f"{folder} is of ZeRO stage 3, only 1 and 2 can be read: name another with {flag}.")
-    content, ranks = torch_load(file, flag), _deepspeed_partitions(folder, flag)
-    with reading(file, flag):
-        state = dict(content["module"])
-        if ranks:
-            state |= _join_partitions(content["param_shapes"], ranks)
-        state |= content.get("frozen_param_fragments") or {}
-        # Of several names for one parameter, the vectors hold only one.
-        state |= {alias: state[name] for alias, name in (content.get("shared_params") or {}).items()}
-    return {"model_state_dict": state, "config": content.get("run", {}).get("config", {})}
-
-
-def load_checkpoint(path: str | Path, flag: str = "--model_name") -> dict:
-    """Read a checkpoint: a `last.pth` file or the folder train_logs/NAME that holds it; half tensors become float32.
-
-    In place of last.pth there may be `last/`, a folder of DeepSpeed's (`_load_deepspeed`), which `path` may also name
-    itself. Raises UserError, which names `flag`, when it is missing, truncated, or no checkpoint.
-    """
-    path = Path(path)
-    if not any(path.glob("*_states.pt")) and (path.is_dir() or not path.suffix):
-        path = path / "last.pth"
-    folder = path if path.is_dir() else path.with_suffix("")
-    deepspeed = not path.is_file() and folder.is_dir()
-    checkpoint = _load_deepspeed(folder, flag) if deepspeed else torch_load(path, flag)
-    if not isinstance(checkpoint, dict) or "model_state_dict" not in checkpoint:
-        raise UserError(f"{path} is not a checkpoint (it has no model_state_dict): name another with {flag}.")
-    with reading(path, flag, must_exist=False):
-        state = checkpoint["model_state_dict"]
-        checkpoint["model_state_dict"] = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
-    return checkpoint
-
-
-def load_model(path: str | Path, flag: str = "--model_name") -> tuple[MindEye2, dict]:
-    """A checkpoint's model and its constructor arguments. Raises UserError unless it is a whole and finite MindEye2."""
-    checkpoint = load_checkpoint(path, flag)
-    with reading(Path(path), flag, must_exist=False):
-        state = checkpoint["model_state_dict"]
-        config = config_from_state_dict(state) | checkpoint.get("config", {})
-        with torch.device("meta"):  # 2 billion first values, soon overwritten, would take half a minute
-            model = MindEye2(**config)
-        model.load_state_dict(state, assign=True)
-        if not all(math.isfinite(x.sum()) for x in state.values()):  # one pass, and no copy of a weight of 7 GB
-            raise ValueError("NaN or infinite weights")
-    return model, config
-
-
-def config_from_state_dict(state: dict[str, Tensor]) -> dict:
-    """The constructor arguments of MindEye2, read off the shapes of its state dict.
-
-    The kind of backbone has no shape: `load_model` takes it from the checkpoint. Raises KeyError for another network.
-    """
-    def count(prefix: str, suffix: str) -> int:
-        return sum(name.startswith(prefix) and name.endswith(suffix) for name in state)
-
-    ridge, prior = "ridge.linears.", "diffusion_prior.net.causal_transformer.layers."
-    emb_dim = len(state["backbone.clip_proj.8.bias"])
-    config = {
-        "num_voxels": [state[f"{ridge}{i}.weight"].shape[1] for i in range(count(ridge, ".weight"))],
-        "hidden_dim": state["backbone.backbone_linear.weight"].shape[1],
-        "n_blocks": count("backbone.mixer_blocks1.", ".1.3.weight"),
-        "clip_seq_dim": len(state["backbone.backbone_linear.bias"]) // emb_dim,
-        "clip_emb_dim": emb_dim,
-        "blurry_recon": "backbone.blin1.bias" in state,
-        "use_prior": "diffusion_prior.net.learned_query" in state,
-        "backbone": "released",
-    }
-    if config["blurry_recon"]:
-        config["latent_size"] = 4 * math.isqrt(len(state["backbone.blin1.bias"]) // 64)
-    if config["use_prior"]:
-        config["prior_depth"] = count(prior, ".0.null_kv")
-        config["prior_dim_head"] = state[prior + "0.0.null_kv"].shape[1]
-        config["prior_timesteps"] = len(state["diffusion_prior.noise_scheduler.betas"])
-    return config
-
-
-def load_pretrained(model: MindEye2, state: dict[str, Tensor]) -> None:
-    """The fine-tuning start (2.1): backbone and prior of a multi-subject model, a fresh ridge for the new subject.
-
-    All of the ridge is left alone; the original kept the weight but took over another subject's bias. Heads that
-    only the pretrained model has are dropped. Raises UserError when the sizes differ or a head is missing.
-    """
-    own, theirs = config_from_state_dict(model.state_dict()), config_from_state_dict(state)
-    for name, value in own.items():
-        if name in ("num_voxels", "backbone") or theirs.get(name) == value or value is False:
-            continue
-        if value is True:
-            raise UserError(f"the pretrained model has no {name} part, this one does: pass --no-{name}.")
-        mend = f"--{name} {theirs[name]}"
-        if name in ("clip_seq_dim", "clip_emb_dim", "latent_size"):
-            mend = "the --cache_dir that holds its CLIP and VAE"
-        raise UserError(f"the pretrained model has {name} {theirs[name]}, this one {value}: pass {mend}.")
-    for part in ("backbone", "diffusion_prior"):
-        module = getattr(model, part)
-        if module is not None:
-            module.load_state_dict({name: state[f"{part}.{name}"] for name in module.state_dict()})

@@ -48,6 +48,8 @@ from tqdm import tqdm
 
 import frozen
 import processes
+from checkpoints import load_model as load_model_file
+from checkpoints import reading
 from data import (
     Images,
     embed_images,
@@ -60,8 +62,7 @@ from data import (
     resized,
 )
 from files import replacing, save
-from model import MindEye2, UserError, reading, run_main
-from model import load_model as load_model_file
+from model import MindEye2, UserError, run_main
 
 MAX_SIZE = 256  # pixels; larger pictures are saved at this size, as the original's are
 GRID_COLUMNS = 12
@@ -88,6 +89,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--hidden_dim", type=int, help="channels, 4096 in the paper; None = the checkpoint's, else it must agree")
     add("--n_blocks", type=int, help="residual blocks, 4 in the paper; None = the checkpoint's, else it must agree")
     add("--prior_steps", type=int, default=20, help="sampling steps of the prior, 2 to 100; 20 in the paper")
+    add("--prior_sampler", choices=["ddim", "ddpm"], help="how the prior's steps are taken: ddim jumps; ddpm takes all "
+        "100, each with noise; None = the paper's code: ddpm for all of them, ddim for fewer")
     add("--steps", type=int, default=38, help="denoising steps of the decoder; 38 in the paper's code. On the toy, 6 "
         "draw as well in a fifth of the time (PixCorr from true tokens .996 with both; from noisy ones .80 to .82)")
     add("--scheduler", default="euler", choices=["euler", "dpm"], help="solver of the decoder; the paper's is euler. "
@@ -172,6 +175,9 @@ def load_model(args: argparse.Namespace, voxels: int) -> tuple[MindEye2, int]:
         raise UserError(f"{path} has no low-level head: pass --no-blurry_recon.")
     if args.prior_steps > config["prior_timesteps"]:
         raise UserError(f"{path} has a prior of {config['prior_timesteps']} steps: lower --prior_steps.")
+    if args.prior_sampler == "ddpm" and args.prior_steps < config["prior_timesteps"]:
+        raise UserError(f"--prior_sampler=ddpm takes all {config['prior_timesteps']} steps of {path}: pass as many by "
+                        "--prior_steps, or --prior_sampler=ddim.")  # fmt: skip
     fitting = [i for i, count in enumerate(config["num_voxels"]) if count == voxels]
     if len(fitting) != 1:  # none of them learned this brain, or we cannot tell which
         counts = ", ".join(map(str, config["num_voxels"]))
@@ -239,8 +245,8 @@ def read_brains(model: MindEye2, ridge: int, brains: SimpleNamespace, rows: slic
     half = device.type == "cuda" or model.ridge.linears[0].weight.dtype == torch.bfloat16
     with torch.autocast(device.type, torch.bfloat16, enabled=half):
         brain = embed_images(model, brains.voxels, brains.positions[rows], ridge)
-        prior_out = model.diffusion_prior.sample(brain["backbone"].to(device), args.prior_steps, start,
-                                                 steps.transpose(0, 1))  # DDIM leaves two of the steps' draws unused
+        prior_out = model.diffusion_prior.sample(  # DDIM leaves two of the steps' draws unused
+            brain["backbone"].to(device), args.prior_steps, start, steps.transpose(0, 1), method=args.prior_sampler)
     out = {"backbones": brain["backbone"].half(), "clipvoxels": brain["clip_voxels"].half(), "prior_out": prior_out}
     return out | ({"blurry_latents": brain["blurry_latents"]} if args.blurry_recon else {})
 

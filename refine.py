@@ -48,9 +48,10 @@ from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTextM
 import frozen
 import processes
 from arrays import load_array, load_texts
+from checkpoints import reading
 from data import Images, load_trials, repeats, resized
 from files import save
-from model import UserError, reading, run_main
+from model import UserError, run_main
 from recon import (
     GRID_COLUMNS,
     MAX_SIZE,

@@ -36,10 +36,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from arrays import load_array, load_scores, load_texts
+from checkpoints import reading, torch_load
 from data import Images, load_trials, repeats, resized
 from files import replacing
 from frozen import load_clip
-from model import UserError, reading, run_main, torch_load
+from model import UserError, run_main
 
 EXAMPLES = 8  # best, middle and worst each
 ROWS, TOP = 4, 5  # retrieval: found and missed each; candidates in a row

@@ -6,6 +6,7 @@ that has only that session, and one that has all of them. No stage knows that th
 
     python toy.py                  # 12 minutes on 2 cores; toy/results.json, toy/headline.png, report.html
     python toy.py --seed 0 1 2     # two more worlds, brains and sets of models: how far does chance carry the table?
+    python toy.py --claims         # the paper's other claims, in smaller worlds, under an hour: claims.py
     python toy.py --smoke          # everything at its smallest, for tests
     python toy.py --train_frozen   # train the frozen networks anew first (toy_networks.py)
 
@@ -496,16 +497,26 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description="Build the toy world and run every stage of MindEye2 on it.",
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--data_path", help="folder of the world; none: toy (--smoke: toy-smoke); more seeds: toy_seed1 ..")
-    p.add_argument("--seed", type=int, nargs="+", default=[0],
-                   help="decides scenes, brains, noise and first weights; several: a world and rows each")
+    p.add_argument("--claims", nargs="*", metavar="NAME",
+                   help="instead, test the paper's claims of these names, or all of them, in worlds of their own in "
+                        "claims/ (or --data_path): claims.py lists them")
+    p.add_argument("--jobs", type=int, help="with --claims, models to train at the same time; none: one a core")
+    p.add_argument("--seed", type=int, nargs="+",
+                   help="decides scenes, brains, noise and first weights; several: a world and rows each; none: 0, "
+                        "with --claims 0 1 2")
     p.add_argument("--smoke", action="store_true", help="all at its smallest, for tests; its numbers say nothing")
     p.add_argument("--rebuild", action="store_true", help="start over: world, models and pictures")
     p.add_argument("--train_frozen", action="store_true", help="train the shipped networks anew, into toy_networks/")
     return p.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> list[dict]:
+def main(argv: list[str] | None = None) -> list[dict] | dict:
     args = parse_args(argv)
+    if args.claims is not None:
+        import claims
+        base = Path(args.data_path or ("claims-smoke" if args.smoke else "claims"))
+        return claims.main(args.claims, args.seed or [0, 1, 2], base, args.smoke, args.jobs, args.rebuild)
+    args.seed = args.seed or [0]
     start = time.time()
     if args.train_frozen:
         import toy_networks

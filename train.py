@@ -19,6 +19,7 @@ The frozen targets (CLIP tokens, VAE latents, teacher features of each image) ar
 memory-mapped file: the loop holds no frozen network, which is most of our speed (original: 43% of each step).
 """
 import argparse
+import math
 import os
 from functools import partial
 from itertools import islice
@@ -36,6 +37,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms import v2
 from tqdm import tqdm
 
+import checkpoints
 import data
 import files
 import model as networks
@@ -90,6 +92,23 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     # Ours
     p.add_argument("--backbone", choices=["released", "mlp"],
                    help="released (none): linear, as the published weights are; mlp: the residual MLP of the paper")
+    p.add_argument("--ridge", choices=["linear", "mlp"],
+                   help="each subject's own first layer; linear (none): the paper's; mlp: a norm, GELU and dropout .5 "
+                        "after it, as in MindEye1 (the paper's Table 4)")
+    p.add_argument("--prior", choices=["target", "correction"],
+                   help="what the prior predicts; target (none): the image tokens, the paper's; correction: what to "
+                        "add to the brain tokens to get them")
+    p.add_argument("--pretrain_on", type=int, nargs="+", metavar="SUBJECT",
+                   help="with --multi_subject, who takes part; none: all but --subj, as in the paper, whose Table 10 "
+                        "has 2 5 7 and 5 as well")
+    p.add_argument("--finetune", choices=["all", "ridge", "lora"], default="all",
+                   help="what learns with --multisubject_ckpt; all: the paper's; ridge: the new subject's first layer "
+                        "alone; lora: that, and low-rank corrections of backbone_linear and the prior's linear layers")
+    p.add_argument("--lora_rank", type=int, default=8,
+                   help="rank of the corrections with --finetune=lora; not in the paper")
+    p.add_argument("--mixing", choices=["right", "original"], default="right",
+                   help="original: MixCo as the paper's code has it, with partners of the wrong subject, a partner's "
+                        "weight where a sample drew itself, and mixed voxels for unmixed latents (README.md)")
     p.add_argument("--prior_depth", type=int, help="layers of the prior (none: 6, as the paper's code)")
     p.add_argument("--prior_dim_head", type=int, help="channels of an attention head (none: 52, as the paper's code)")
     p.add_argument("--tie_positions", action=flag, default=False,
@@ -139,7 +158,7 @@ def load_subject(args: argparse.Namespace, subject: int, split: str, sessions=No
 def load_data(args: argparse.Namespace) -> SimpleNamespace:
     """.train: a list with one entry a subject; .val: the held-out sessions or None; .test: of the first subject."""
     if args.multi_subject:  # all sessions of everybody else; they are tested on the first of them, as in the original
-        subjects = [s for s in range(1, 9) if s != args.subj]
+        subjects = args.pretrain_on or [s for s in range(1, 9) if s != args.subj]
         first, count = 0, None
     else:
         subjects, first, count = [args.subj], args.num_sessions, args.num_sessions
@@ -220,7 +239,7 @@ def encode(batch: dict, targets: SimpleNamespace, device: torch.device) -> dict:
 # ----------------------------------------------------------------------------------------------------------------------
 # Losses of one step
 # ----------------------------------------------------------------------------------------------------------------------
-def mix_subjects(voxels: list[torch.Tensor]) -> tuple[list[torch.Tensor], SimpleNamespace]:
+def mix_subjects(voxels: list[torch.Tensor], original: bool = False) -> tuple[list[torch.Tensor], SimpleNamespace]:
     """MixCo (paper §2.2) within each subject; the partners' positions then count through the whole batch.
 
     The original forgot to count: each subject's partners pointed into the FIRST subject's part of the batch.
@@ -232,15 +251,16 @@ def mix_subjects(voxels: list[torch.Tensor]) -> tuple[list[torch.Tensor], Simple
         perms.append(perm + offset)
         betas.append(beta)
         selects.append(select)
-        offset += len(x)
+        offset += 0 if original else len(x)
     return mixed, SimpleNamespace(perm=torch.cat(perms), betas=torch.cat(betas), select=torch.cat(selects))
 
 
-def contrast(brain: torch.Tensor, image: torch.Tensor, mix: SimpleNamespace | None, temp: float) -> torch.Tensor:
+def contrast(brain: torch.Tensor, image: torch.Tensor, mix: SimpleNamespace | None, temp: float,
+             original: bool = False) -> torch.Tensor:
     """All tokens as one long vector of unit length: BiMixCo while voxels are mixed, SoftCLIP after."""
     brain, image = F.normalize(brain.flatten(1).float(), dim=-1), F.normalize(image.flatten(1), dim=-1)  # (B, S * D)
     if mix is not None:
-        return networks.mixco_nce(brain, image, .006, mix.perm, mix.betas, mix.select)
+        return networks.mixco_nce(brain, image, .006, mix.perm, mix.betas, mix.select, released=original)
     return networks.soft_clip_loss(brain, image, temp)
 
 
@@ -369,7 +389,7 @@ def check_args(args: argparse.Namespace) -> None:
     args.cache_dir = args.cache_dir or args.data_path
     if args.multi_subject and args.multisubject_ckpt:
         raise UserError("--multisubject_ckpt starts a fine-tuning: use it with --no-multi_subject.")
-    for name in ("num_epochs", "batch_size", "num_sessions", "ckpt_interval", "gradient_accumulation"):
+    for name in ("num_epochs", "batch_size", "num_sessions", "ckpt_interval", "gradient_accumulation", "lora_rank"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name}={getattr(args, name)} must be at least 1.")
     if args.optimizer_bits == 8 and os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16":
@@ -377,6 +397,12 @@ def check_args(args: argparse.Namespace) -> None:
                         "--mixed_precision=bf16.")
     if args.teacher_views < 0:
         raise UserError(f"--teacher_views={args.teacher_views} must be at least 0.")
+    if args.finetune != "all" and not args.multisubject_ckpt:
+        raise UserError(f"--finetune={args.finetune} keeps the weights of a pretrained model: name it with "
+                        "--multisubject_ckpt.")
+    if args.pretrain_on and (not args.multi_subject or args.subj in args.pretrain_on):
+        raise UserError(f"--pretrain_on names subjects for --multi_subject to pretrain on, and not --subj={args.subj}, "
+                        "who is left out.")
 
 
 def start_accelerator(args: argparse.Namespace, gradient_accumulation: int = 1) -> Accelerator:
@@ -422,7 +448,8 @@ def ready_for_deepspeed(accelerator: Accelerator, network: torch.nn.Module, batc
 
 def choose_sizes(args: argparse.Namespace) -> tuple[dict, dict | None]:
     """Constructor arguments that are a choice, and the pretrained state dict (or None), whose sizes then hold."""
-    sizes = {"hidden_dim": 1024, "n_blocks": 4, "prior_depth": 6, "prior_dim_head": 52, "backbone": "released"}
+    sizes = {"hidden_dim": 1024, "n_blocks": 4, "prior_depth": 6, "prior_dim_head": 52, "backbone": "released",
+             "ridge": "linear", "prior": "target"}
     given = {name: getattr(args, name) for name in sizes if getattr(args, name) is not None}
     if not args.multisubject_ckpt:
         return sizes | given, None
@@ -431,7 +458,7 @@ def choose_sizes(args: argparse.Namespace) -> tuple[dict, dict | None]:
         import hub  # here: most runs need no hub
         with processes.start().main_process_first():
             hub.fetch_model(path.name, path.parent, "--multisubject_ckpt")
-    pretrained, known = networks.load_model(path, "--multisubject_ckpt")
+    pretrained, known = checkpoints.load_model(path, "--multisubject_ckpt")
     sizes |= {name: known[name] for name in sizes if name in known}
     for name, value in given.items():
         if value != sizes[name]:
@@ -450,7 +477,11 @@ def build_model(args: argparse.Namespace, sizes: dict, pretrained: dict | None, 
     if args.tie_positions:
         model.tie_positions()
     if pretrained:
-        networks.load_pretrained(model, pretrained)
+        checkpoints.load_pretrained(model, pretrained)
+    if args.finetune == "ridge":
+        model.freeze()
+    elif args.finetune == "lora":
+        model.adapt(args.lora_rank)
     if args.use_prior:
         model.diffusion_prior.net.causal_transformer.checkpointing = args.gradient_checkpointing
     if args.compile:
@@ -464,7 +495,7 @@ def in_pieces(optimizer_class, groups: list[dict], most: int = 2**26, **options)
 
     For 78% of the model are in one layer, and torchao's AdamW holds a weight's two numbers in 32 bits for a moment.
     """
-    whole = [p for group in groups for p in group["params"] if p.numel() > most]
+    whole = [p for group in groups for p in group["params"] if p.numel() > most and p.requires_grad]
     pieces = {p: [torch.nn.Parameter(rows) for rows in p.detach().split(max(1, most // p[0].numel()))] for p in whole}
     groups = [group | {"params": [x for p in group["params"] for x in pieces.get(p, [p])]} for group in groups]
     optimizer = optimizer_class(groups, **options)
@@ -501,23 +532,25 @@ def step_losses(args: argparse.Namespace, accelerator: Accelerator, model, batch
     """
     gathering = args.gather_negatives and accelerator.num_processes > 1
     everyone = partial(of_all, accelerator) if gathering else lambda x: x
-    voxels, mix = mix_subjects(batch["voxels"]) if mixing else (batch["voxels"], None)
+    original = args.mixing == "original"
+    voxels, mix = mix_subjects(batch["voxels"], original) if mixing else (batch["voxels"], None)
     with accelerator.autocast():
         out = model(voxels, batch["clip"] if args.use_prior else None)
     partners = mix
     if gathering and mix is not None:  # their positions count through the rows of all
         perm = mix.perm + accelerator.process_index * len(mix.perm)
         partners = SimpleNamespace(perm=everyone(perm), betas=everyone(mix.betas), select=everyone(mix.select))
-    losses = {"clip": args.clip_scale * contrast(everyone(out["clip_voxels"]), everyone(batch["clip"]), partners, temp)}
+    losses = {"clip": args.clip_scale * contrast(everyone(out["clip_voxels"]), everyone(batch["clip"]), partners, temp,
+                                                 original)}
     if args.use_prior:  # mixed voxels, unmixed target, as in the original
         losses["prior"] = args.prior_scale * out["loss_prior"]
     if args.blurry_recon:
-        losses["lowlevel"] = args.blur_scale * low_level(out, batch, mix, everyone)
+        losses["lowlevel"] = args.blur_scale * low_level(out, batch, None if original else mix, everyone)
     return losses
 
 
 def report(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNamespace) -> None:
-    """Test, log, and write checkpoints: last.pth always, best.pth when validation retrieval is the best so far."""
+    """Test, log, and write checkpoints: last.pth always, best.pth when validation is the best so far."""
     gather_losses(args, accelerator, run)
     logs = {"train/loss": float(np.mean(run.losses[-run.steps:])),
             "train/lr": float(run.scheduler.get_last_lr()[0])}
@@ -529,10 +562,12 @@ def report(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNamesp
         if run.sets.val is not None:
             scores = test(bare, run.sets.val, run.targets, device)
             logs |= {f"val/{name}": value for name, value in scores.items() if isinstance(value, float)}
-            if scores["reciprocal_rank"] > run.best:
-                run.best = scores["reciprocal_rank"]
+            # Without the contrastive loss, nothing ever trained what retrieves.
+            score = scores["reciprocal_rank"] if args.clip_scale or not args.use_prior else -scores["loss_prior"]
+            if score >= run.best:  # of equal ones the later, whose learning rate has come down further
+                run.best = score
                 if args.ckpt_saving:
-                    networks.save_checkpoint(run_folder(args) / "best.pth", bare, **about(args, accelerator, run))
+                    checkpoints.save_checkpoint(run_folder(args) / "best.pth", bare, **about(args, accelerator, run))
         for name, value in logs.items():
             run.history.setdefault(name, []).append((run.step, value))
         run.bar.set_postfix(loss=f"{logs['train/loss']:.2f}", retrieval=f"{run.last['image_retrieval']:.2f}")
@@ -599,8 +634,10 @@ def refuse_other_flags(path: Path, theirs: dict, ours: dict, free: set[str]) -> 
 
 def about(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNamespace) -> dict:
     """What a checkpoint says of the run. epoch, counted from 0, is the official name for how far it came."""
-    backbone = accelerator.unwrap_model(run.model).backbone.kind
-    return {"epoch": (run.step - 1) // run.steps, "step": run.step, "config": {"backbone": backbone},
+    model = accelerator.unwrap_model(run.model)
+    predicts = model.diffusion_prior.net.predicts if args.use_prior else "target"
+    return {"epoch": (run.step - 1) // run.steps, "step": run.step,
+            "config": {"backbone": model.backbone.kind, "prior": predicts},
             "flags": all_flags(args, accelerator)}
 
 
@@ -618,7 +655,7 @@ def save(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNamespac
                  best=run.best, **about(args, accelerator, run))
     last = run_folder(args) / "last.pth"
     if not accelerator.state.deepspeed_plugin and accelerator.is_main_process:
-        networks.save_checkpoint(last, accelerator.unwrap_model(run.model),
+        checkpoints.save_checkpoint(last, accelerator.unwrap_model(run.model),
                                  optimizer_state_dict=run.optimizer.state_dict(), **state)
     elif accelerator.state.deepspeed_plugin:
         run.model.save_checkpoint(str(last.parent), "last.building", client_state={"run": state}, save_latest=False)
@@ -643,11 +680,11 @@ def resume(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNamesp
     if not path.exists():
         return
     if accelerator.state.deepspeed_plugin:
-        with networks.reading(path, "--model_name"):
+        with checkpoints.reading(path, "--model_name"):
             state = run.model.load_checkpoint(str(path.parent), path.name)[1]["run"]
     else:
-        state = networks.torch_load(path, "--model_name")
-    with networks.reading(path, "--model_name"):
+        state = checkpoints.torch_load(path, "--model_name")
+    with checkpoints.reading(path, "--model_name"):
         refuse_other_flags(path, state.get("flags", {}), all_flags(args, accelerator), FREE)
         if not accelerator.state.deepspeed_plugin:
             bare.load_state_dict(state["model_state_dict"])
@@ -705,7 +742,7 @@ def set_up(args: argparse.Namespace, accelerator: Accelerator, sizes: dict, pret
         sets=sets, targets=targets, model=model, optimizer=optimizer, scheduler=scheduler, steps=steps,
         batches=lambda epoch, process=rank: data.epoch_batches(trials, share, steps, args.seed, epoch, process, world,
                                                                args.gather_negatives),
-        step=0, losses=[], fresh=[], history={}, best=-1., last={}, parts={})
+        step=0, losses=[], fresh=[], history={}, best=-math.inf, last={}, parts={})
 
 
 def train_epoch(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNamespace, epoch: int, mixing: bool,

@@ -66,9 +66,10 @@ import nsd
 import processes
 import recon
 import refine
+from checkpoints import reading, torch_load
 from evaluate import VISION
 from features import encode_all
-from model import UserError, reading, run_main, torch_load
+from model import UserError, run_main
 from train import (
     all_flags,
     eight_bit_adamw,

@@ -18,7 +18,7 @@ import numpy as np
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import toy  # noqa: E402
-from model import load_checkpoint, torch_load  # noqa: E402
+from checkpoints import load_checkpoint, torch_load  # noqa: E402
 
 EPOCHS = 8  # BiMixCo in the first two, SoftCLIP after
 KILLER = """

@@ -22,7 +22,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import toy  # noqa: E402
-from model import load_checkpoint, torch_load  # noqa: E402
+from checkpoints import load_checkpoint, torch_load  # noqa: E402
 
 SMALL = "--hidden_dim=32 --prior_depth=1 --prior_dim_head=16 --teacher_views=1".split()
 SIX_STEPS = [*SMALL, "--num_sessions=2", "--num_epochs=2", "--mixup_pct=.5"]

@@ -23,6 +23,7 @@ import torch
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 from test_refine import UNET  # noqa: E402
 
+import checkpoints  # noqa: E402
 import data  # noqa: E402
 import evaluate  # noqa: E402
 import model  # noqa: E402
@@ -120,7 +121,7 @@ def values(x: object) -> object:
 def content(folder: Path, places: str) -> dict[str, object]:
     files = sorted(path for place in places.split() for path in [folder / place, *(folder / place).rglob("*")]
                    if path.is_file())
-    return {str(path.relative_to(folder)): values(model.load_checkpoint(path)) if path.name == "last.pth"
+    return {str(path.relative_to(folder)): values(checkpoints.load_checkpoint(path)) if path.name == "last.pth"
             else path.read_bytes().hex() for path in files}
 
 
@@ -145,7 +146,7 @@ def kill(folder: Path, world: Path, name: str) -> dict:
         codes.append(ended(forked(lambda: stage(flags), errors, lambda place=place: die_at(place))))
         left.append(remainders(folder))
         if place == "last.pth":
-            epoch = model.load_checkpoint(folder / "logs/a")["epoch"]
+            epoch = checkpoints.load_checkpoint(folder / "logs/a")["epoch"]
     codes.append(ended(forked(lambda: stage(flags), errors)))
     left.append(remainders(folder))
     again = content(folder, places)

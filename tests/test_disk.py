@@ -20,11 +20,12 @@ from diffusers import AutoencoderKL
 from test_train import SMALL, arguments
 from test_unclip import FAST, world  # noqa: F401  a fixture
 
+import checkpoints
 import data
 import evaluate
 import files
 import frozen
-import model as networks
+import model
 import nsd
 import recon
 import toy
@@ -54,7 +55,7 @@ def refused(main, capfd, *names: str) -> str:
     """main() ends with one sentence that holds the names, exit code 2, and no traceback, of any thread."""
     capfd.readouterr()
     with pytest.raises(SystemExit) as stop:
-        networks.run_main(main)
+        model.run_main(main)
     said = capfd.readouterr().err
     errors = [line for line in said.splitlines() if line.startswith("error: ")]
     assert stop.value.code == 2 and len(errors) == 1 and "Traceback" not in said, said
@@ -75,7 +76,7 @@ BIG = np.zeros((40, 10**5), np.float32)  # 16 MB
 WRITERS = {
     "large tensors": lambda path: files.save(path, {"a": torch.zeros(2**20), "b": torch.zeros(2**22)}),
     "small tensors": lambda path: files.save(path, [torch.zeros(2**10 + i) for i in range(4000)]),
-    "a checkpoint": lambda path: networks.save_checkpoint(path, torch.nn.Linear(2000, 2000)),
+    "a checkpoint": lambda path: checkpoints.save_checkpoint(path, torch.nn.Linear(2000, 2000)),
     "betas": lambda path: data.write_betas(path, BIG),
     "masks": lambda path: data.write_region_masks(path, {1: {f"V{i}": np.ones(10**5, bool) for i in range(200)}}),
     "a tar": lambda path: data.write_session_tar(path, *toy_trials(3000)),
@@ -117,12 +118,12 @@ def test_a_training_keeps_its_checkpoint(smoke_world, disk, capfd, monkeypatch):
     monkeypatch.setattr(train, "train_epoch", filling)
     for leave in (0, 2**20):
         refused(lambda: train.main(flags), capfd, str(last), "no space is left")
-        assert networks.load_checkpoint(last)["epoch"] == 0 and rest(disk) == []
+        assert checkpoints.load_checkpoint(last)["epoch"] == 0 and rest(disk) == []
         assert last.stat().st_size > 2 * leave
         (disk / "other").unlink()
     monkeypatch.undo()
     train.main(flags)
-    assert networks.load_checkpoint(last)["epoch"] == 1
+    assert checkpoints.load_checkpoint(last)["epoch"] == 1
 
 
 class Pictures:

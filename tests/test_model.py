@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from torch import nn
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 from golden_weights import error, golden, golden_json, load_golden  # noqa: E402
 
+import checkpoints  # noqa: E402
 import model as m  # noqa: E402
 
 CONFIG = golden_json("config")
@@ -56,7 +58,7 @@ def test_state_dict_and_groups_of_the_real_sizes(name):
     total = {True: 2_227_294_844, False: 816_319_768}[size["blurry"]]
     assert sum(p.numel() for p in model.parameters()) == total
     check_groups(model, next(v for k, v in spec.items() if "group" in k))
-    config = m.config_from_state_dict(state)
+    config = checkpoints.config_from_state_dict(state)
     assert config["num_voxels"] == size["nvox"] and config["prior_depth"] == 6 and config["prior_dim_head"] == 52
     sizes = [config[k] for k in ("hidden_dim", "n_blocks", "clip_seq_dim", "clip_emb_dim")]
     assert sizes == [size["hidden"], 4, 256, 1664]
@@ -361,19 +363,20 @@ def test_cosine_anneal():
 def test_checkpoint_round_trip(tmp_path):
     model = m.MindEye2(**TINY, backbone="mlp")
     folder = tmp_path / "train_logs" / "name"
-    m.save_checkpoint(folder / "last.pth", model, epoch=3, train_losses=[1.5], config={"backbone": "mlp"})
+    checkpoints.save_checkpoint(folder / "last.pth", model, epoch=3, train_losses=[1.5], config={"backbone": "mlp"})
     assert [f.name for f in folder.iterdir()] == ["last.pth"]
     for path in (folder, folder / "last.pth"):
-        checkpoint = m.load_checkpoint(path)
+        checkpoint = checkpoints.load_checkpoint(path)
         state = checkpoint["model_state_dict"]
-        config = m.config_from_state_dict(state) | checkpoint["config"]
-        assert config == TINY | {"backbone": "mlp", "blurry_recon": True, "use_prior": True, "prior_timesteps": 100}
+        config = checkpoints.config_from_state_dict(state) | checkpoint["config"]
+        assert config == TINY | {"backbone": "mlp", "blurry_recon": True, "use_prior": True, "prior_timesteps": 100,
+                                 "ridge": "linear", "prior": "target", "lora_rank": 0}
         again = m.MindEye2(**config)
         again.load_state_dict(state, strict=True)
         assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
         assert checkpoint["epoch"] == 3 and checkpoint["train_losses"] == [1.5]
-    m.save_checkpoint(tmp_path / "half.pth", model.half())
-    state = m.load_checkpoint(tmp_path / "half.pth")["model_state_dict"]
+    checkpoints.save_checkpoint(tmp_path / "half.pth", model.half())
+    state = checkpoints.load_checkpoint(tmp_path / "half.pth")["model_state_dict"]
     assert {value.dtype for value in state.values()} == {torch.float32}
 
 
@@ -389,15 +392,15 @@ class Harmful:
 def test_checkpoint_with_foreign_objects_is_read_and_not_run(tmp_path):
     model = m.MindEye2(**TINY, use_prior=False)
     scheduler = {"anneal_func": torch.optim.lr_scheduler.OneCycleLR._annealing_cos, "more": Harmful()}
-    m.save_checkpoint(tmp_path / "last.pth", model, lr_scheduler=scheduler, epoch=7)
-    checkpoint = m.load_checkpoint(tmp_path)
+    checkpoints.save_checkpoint(tmp_path / "last.pth", model, lr_scheduler=scheduler, epoch=7)
+    checkpoint = checkpoints.load_checkpoint(tmp_path)
     assert checkpoint["epoch"] == 7
     model.load_state_dict(checkpoint["model_state_dict"], strict=True)
 
 
 def test_a_failed_save_keeps_the_former_file(tmp_path, monkeypatch):
     path = tmp_path / "last.pth"
-    m.save_checkpoint(path, nn.Linear(2, 2), epoch=1)
+    checkpoints.save_checkpoint(path, nn.Linear(2, 2), epoch=1)
 
     def full_disk(*args, **kwargs):
         args[1].write(b"half of it")
@@ -405,25 +408,25 @@ def test_a_failed_save_keeps_the_former_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", full_disk)
     with pytest.raises(OSError):
-        m.save_checkpoint(path, nn.Linear(2, 2), epoch=2)
-    assert [f.name for f in tmp_path.iterdir()] == ["last.pth"] and m.load_checkpoint(path)["epoch"] == 1
+        checkpoints.save_checkpoint(path, nn.Linear(2, 2), epoch=2)
+    assert [f.name for f in tmp_path.iterdir()] == ["last.pth"] and checkpoints.load_checkpoint(path)["epoch"] == 1
 
 
 def test_unreadable_checkpoints_are_user_errors(tmp_path):
     with pytest.raises(m.UserError, match=r"nobody/last.pth does not exist.*--model_name"):
-        m.load_checkpoint(tmp_path / "nobody")
-    m.save_checkpoint(tmp_path / "last.pth", m.MindEye2(**TINY))
+        checkpoints.load_checkpoint(tmp_path / "nobody")
+    checkpoints.save_checkpoint(tmp_path / "last.pth", m.MindEye2(**TINY))
     whole = (tmp_path / "last.pth").read_bytes()
     for content in (whole[: len(whole) // 2], b"", b"not a checkpoint at all"):
         (tmp_path / "last.pth").write_bytes(content)
         with pytest.raises(m.UserError, match=r"last.pth cannot be read.*--model_name"):
-            m.load_checkpoint(tmp_path)
+            checkpoints.load_checkpoint(tmp_path)
     torch.save({"weights": 1}, tmp_path / "last.pth")
     with pytest.raises(m.UserError, match="no model_state_dict"):
-        m.load_checkpoint(tmp_path)
+        checkpoints.load_checkpoint(tmp_path)
     torch.save({"model_state_dict": {}}, tmp_path / "last.pth")
     with pytest.raises(m.UserError, match=r"cannot be read \(KeyError: 'backbone.*--model_name"):
-        m.load_model(tmp_path)
+        checkpoints.load_model(tmp_path)
 
 
 UNEVEN = TINY | {"hidden_dim": 15}  # its ridge has 270 numbers, which two ranks cannot share without padding
@@ -447,7 +450,7 @@ def write_deepspeed(folder: Path, model: nn.Module, world: int = 2, **changes: o
         scaler.cur_scale = 65536
         torch.save({
             "module": {name: value.half() for name, value in model.state_dict().items()},
-            "param_shapes": [m.OrderedDict((n, parameters[n].shape) for n in group) for group in groups],
+            "param_shapes": [OrderedDict((n, parameters[n].shape) for n in group) for group in groups],
             "frozen_param_fragments": frozen, "shared_params": {
                 name: first_name[id(p)] for name, p in every_name.items() if name not in parameters
             }, "ds_config": fake["Settings"](fp16=True), "record": fake["Record"]([1, 2]),
@@ -469,23 +472,26 @@ def test_deepspeed_folder_gives_the_trained_float32_weights(tmp_path):
     assert "deepspeed_fake" not in sys.modules
     buffers = dict(model.named_buffers())
     for path in (folder, folder / "last.pth", folder / "last"):
-        state = m.load_checkpoint(path)["model_state_dict"]
+        state = checkpoints.load_checkpoint(path)["model_state_dict"]
         assert list(state) == list(model.state_dict())
         for name, value in model.state_dict().items():
             expected = value.half().float() if name in buffers else value
             assert state[name].dtype == torch.float32 and torch.equal(state[name], expected), name
-    read, config = m.load_model(folder)
-    m.save_checkpoint(folder / "last.pth", read, config=config)  # README.md's line; a file goes before the folder
+    read, config = checkpoints.load_model(folder)
+    checkpoints.save_checkpoint(folder / "last.pth", read, config=config)  # README.md's line
     shutil.rmtree(folder / "last")
-    assert all(torch.equal(value, state[name]) for name, value in m.load_model(folder)[0].state_dict().items())
-    m.save_checkpoint(folder / "last.pth", model, epoch=5)
-    assert m.load_checkpoint(folder)["epoch"] == m.load_checkpoint(folder / "last.pth")["epoch"] == 5
+    again = checkpoints.load_model(folder)[0].state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in again.items())
+    write_deepspeed(folder / "last", model, world=2)
+    checkpoints.save_checkpoint(folder / "last.pth", model, epoch=5)  # a file goes before the folder
+    for path in (folder, folder / "last.pth"):
+        assert checkpoints.load_checkpoint(path)["epoch"] == 5
 
 
 def test_deepspeed_ranks_are_put_in_the_order_of_their_numbers(tmp_path):
     model = m.MindEye2(**UNEVEN, use_prior=False)
     write_deepspeed(tmp_path / "last", model, world=11, partition_count=11)  # by name, rank 10 comes before rank 2
-    state = m.load_checkpoint(tmp_path)["model_state_dict"]
+    state = checkpoints.load_checkpoint(tmp_path)["model_state_dict"]
     assert all(torch.equal(state[name], p) for name, p in model.named_parameters())
 
 
@@ -493,7 +499,7 @@ def test_deepspeed_folder_without_ranks_gives_the_half_weights(tmp_path):
     model = m.MindEye2(**UNEVEN)
     write_deepspeed(tmp_path / "last", model, world=1)
     (tmp_path / "last" / "zero_pp_rank_0_mp_rank_00_optim_states.pt").unlink()
-    state = m.load_checkpoint(tmp_path)["model_state_dict"]
+    state = checkpoints.load_checkpoint(tmp_path)["model_state_dict"]
     for name, p in model.named_parameters():
         assert torch.equal(state[name], p if not p.requires_grad else p.half().float())
 
@@ -505,18 +511,18 @@ def test_unreadable_deepspeed_folders_are_user_errors(tmp_path):
     whole = rank1.read_bytes()
     rank1.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(m.UserError, match=r"rank_1_mp_rank_00_optim_states.pt cannot be read.*--model_name"):
-        m.load_checkpoint(tmp_path)
+        checkpoints.load_checkpoint(tmp_path)
     rank1.unlink()
     with pytest.raises(m.UserError, match=r"rank_1_mp_rank_00_optim_states.pt does not exist.*--multisubject_ckpt"):
-        m.load_checkpoint(folder, "--multisubject_ckpt")
+        checkpoints.load_checkpoint(folder, "--multisubject_ckpt")
     rank1.write_bytes(whole)
     (folder / "mp_rank_00_model_states.pt").rename(folder / "zero_pp_rank_0_mp_rank_00_model_states.pt")
     with pytest.raises(m.UserError, match=r"last is of ZeRO stage 3.*--model_name"):
-        m.load_checkpoint(tmp_path)
+        checkpoints.load_checkpoint(tmp_path)
     (folder / "zero_pp_rank_0_mp_rank_00_model_states.pt").unlink()
     for path in (tmp_path, folder, tmp_path / "last.pth"):
         with pytest.raises(m.UserError, match=r"last/mp_rank_00_model_states.pt does not exist.*--model_name"):
-            m.load_checkpoint(path)
+            checkpoints.load_checkpoint(path)
 
 
 @pytest.mark.parametrize(
@@ -531,19 +537,19 @@ def test_unreadable_deepspeed_folders_are_user_errors(tmp_path):
 def test_deepspeed_files_that_do_not_fit_are_user_errors(tmp_path, changes, text):
     write_deepspeed(tmp_path / "last", m.MindEye2(**UNEVEN, use_prior=False), **changes)
     with pytest.raises(m.UserError, match=text):
-        m.load_checkpoint(tmp_path)
+        checkpoints.load_checkpoint(tmp_path)
 
 
 def test_load_pretrained_leaves_the_ridge_alone():
     many, one = m.MindEye2(**TINY), m.MindEye2(**TINY | {"num_voxels": [11]})
     ridge = {k: v.clone() for k, v in one.ridge.state_dict().items()}
-    m.load_pretrained(one, many.state_dict())
+    checkpoints.load_pretrained(one, many.state_dict())
     assert all(torch.equal(v, ridge[k]) for k, v in one.ridge.state_dict().items())
     for part in ("backbone", "diffusion_prior"):
         theirs = getattr(many, part).state_dict()
         assert all(torch.equal(v, theirs[k]) for k, v in getattr(one, part).state_dict().items())
     lean = m.MindEye2(**TINY, blurry_recon=False, use_prior=False)  # a model with fewer heads may start from it too
-    m.load_pretrained(lean, many.state_dict())
+    checkpoints.load_pretrained(lean, many.state_dict())
     assert torch.equal(lean.backbone.backbone_linear.weight, many.backbone.backbone_linear.weight)
 
 
@@ -558,15 +564,15 @@ def test_load_pretrained_leaves_the_ridge_alone():
 )
 def test_load_pretrained_names_what_differs(change, text):
     with pytest.raises(m.UserError, match=text):
-        m.load_pretrained(m.MindEye2(**TINY | change), m.MindEye2(**TINY).state_dict())
+        checkpoints.load_pretrained(m.MindEye2(**TINY | change), m.MindEye2(**TINY).state_dict())
 
 
 def test_load_pretrained_names_missing_heads():
     lean = m.MindEye2(**TINY, blurry_recon=False, use_prior=False).state_dict()
     with pytest.raises(m.UserError, match="no blurry_recon part.*--no-blurry_recon"):
-        m.load_pretrained(m.MindEye2(**TINY), lean)
+        checkpoints.load_pretrained(m.MindEye2(**TINY), lean)
     with pytest.raises(m.UserError, match="no use_prior part.*--no-use_prior"):
-        m.load_pretrained(m.MindEye2(**TINY, blurry_recon=False), lean)
+        checkpoints.load_pretrained(m.MindEye2(**TINY, blurry_recon=False), lean)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from test_train import ROOT, SMALL, arguments, launch, run
 
+import checkpoints
 import data
 import model as networks
 import processes
@@ -44,7 +45,7 @@ def trained(world, cache, folder, *names) -> list[dict]:
     assert done.returncode == 0, done.stderr[-3000:]
     found = []
     for name in names:
-        checkpoint = networks.load_checkpoint(folder / name)
+        checkpoint = checkpoints.load_checkpoint(folder / name)
         records = [json.loads(path.read_text()) for path in sorted(folder.glob(f"{name} ?.json"))]
         found.append({"losses": checkpoint["train_losses"], "weights": checkpoint["model_state_dict"],
                       "records": records})

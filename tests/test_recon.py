@@ -24,6 +24,7 @@ from transformers import GitConfig, GitForCausalLM, PreTrainedTokenizerFast
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 from golden_weights import golden  # noqa: E402
 
+import checkpoints  # noqa: E402
 import data  # noqa: E402
 import frozen  # noqa: E402
 import model as m  # noqa: E402
@@ -92,7 +93,7 @@ def make_checkpoint(path: Path, num_voxels=(V,), **sizes) -> m.MindEye2:
     torch.manual_seed(1)
     sizes = {"hidden_dim": 16, "n_blocks": 2, "latent_size": SIDE // 4, "prior_depth": 1, "prior_dim_head": 12} | sizes
     model = m.MindEye2(list(num_voxels), clip_seq_dim=S, clip_emb_dim=D, **sizes)
-    m.save_checkpoint(path, model)
+    checkpoints.save_checkpoint(path, model)
     return model.eval()
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_train import SMALL, run, weights
 
-import model as networks
+import checkpoints
 import train
 from model import UserError
 
@@ -43,7 +43,7 @@ def never_killed(smoke_world, tmp_path_factory):
 
 
 def steps_an_epoch(folder: Path) -> int:
-    return len(networks.load_checkpoint(folder / "train_logs/a")["train_losses"]) // 3
+    return len(checkpoints.load_checkpoint(folder / "train_logs/a")["train_losses"]) // 3
 
 
 def test_killed_three_times(smoke_world, tmp_path, never_killed):
@@ -59,7 +59,7 @@ def test_killed_three_times(smoke_world, tmp_path, never_killed):
     assert run(smoke_world, tmp_path, *FLAGS) == history
     assert same(weights(tmp_path, "a"), weights(folder, "a")) and same(weights(tmp_path, "a", "best"),
                                                                       weights(folder, "a", "best"))
-    one, two = (networks.load_checkpoint(place / "train_logs/a") for place in (tmp_path, folder))
+    one, two = (checkpoints.load_checkpoint(place / "train_logs/a") for place in (tmp_path, folder))
     assert one["train_losses"] == two["train_losses"] and one["lrs"] == two["lrs"]
 
 
@@ -78,7 +78,7 @@ def test_sigterm_saves_at_once(smoke_world, tmp_path, never_killed, monkeypatch,
     with pytest.raises(SystemExit) as ended:
         run(smoke_world, tmp_path, *FLAGS)
     assert ended.value.code == 143 and len(seen) == step + 1
-    assert networks.load_checkpoint(tmp_path / "train_logs/a")["step"] == step + 1
+    assert checkpoints.load_checkpoint(tmp_path / "train_logs/a")["step"] == step + 1
     assert run(smoke_world, tmp_path, *FLAGS) == history
     assert same(weights(tmp_path, "a"), weights(folder, "a")) and len(seen) == 3 * steps_an_epoch(folder)
 
@@ -99,7 +99,7 @@ def test_fp16_overflow_follows_the_loss_scaler_also_after_a_kill(smoke_world, tm
     monkeypatch.setattr(train, "start_accelerator", fp16)
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *x: stepped.append(1) or adamw(self, *x))
     run(smoke_world, tmp_path / "whole", *FLAGS)
-    whole = networks.load_checkpoint(tmp_path / "whole/train_logs/a")
+    whole = checkpoints.load_checkpoint(tmp_path / "whole/train_logs/a")
     count = whole["step"]
     assert len(stepped) == whole["lr_scheduler"]["last_epoch"] == count - 1 == len(whole["train_losses"]) - 1
     assert whole["scaler"]["scale"] == pytest.approx(1e4 * 2 ** ((count - 1) // 2))
@@ -107,7 +107,7 @@ def test_fp16_overflow_follows_the_loss_scaler_also_after_a_kill(smoke_world, tm
         stop_before(patch, count - 1, killed)
         run(smoke_world, tmp_path, *FLAGS)
     run(smoke_world, tmp_path, *FLAGS)
-    again = networks.load_checkpoint(tmp_path / "train_logs/a")
+    again = checkpoints.load_checkpoint(tmp_path / "train_logs/a")
     assert same(again["model_state_dict"], whole["model_state_dict"]) and again["scaler"] == whole["scaler"]
 
 

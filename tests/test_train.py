@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from golden_weights import golden
 
+import checkpoints
 import data
 import model as networks
 import nsd
@@ -41,7 +42,7 @@ def run(world, folder, *flags) -> dict:
 
 
 def weights(folder, name, tag="last") -> dict:
-    return networks.load_checkpoint(folder / "train_logs" / name / f"{tag}.pth")["model_state_dict"]
+    return checkpoints.load_checkpoint(folder / "train_logs" / name / f"{tag}.pth")["model_state_dict"]
 
 
 @pytest.fixture(scope="module")
@@ -62,11 +63,11 @@ def test_it_learns_and_writes_the_official_files(smoke_world, tmp_path):
     folder = tmp_path / "train_logs" / "a"
     assert {"last.pth", "best.pth", "curves.png", "samples.png"} <= {path.name for path in folder.iterdir()}
     assert any("tfevents" in path.name for path in folder.iterdir())
-    checkpoint = networks.load_checkpoint(folder)
+    checkpoint = checkpoints.load_checkpoint(folder)
     assert set(checkpoint) >= {"epoch", "model_state_dict", "optimizer_state_dict", "lr_scheduler", "train_losses",
                                "test_losses", "lrs"}
     assert checkpoint["epoch"] == 39
-    config = networks.config_from_state_dict(checkpoint["model_state_dict"])
+    config = checkpoints.config_from_state_dict(checkpoint["model_state_dict"])
     assert (config["hidden_dim"], config["prior_depth"], config["num_voxels"]) == (32, 1, [60])
     networks.MindEye2(**config).load_state_dict(checkpoint["model_state_dict"])  # strict
     assert all(torch.isfinite(value).all() for value in checkpoint["model_state_dict"].values())
@@ -103,7 +104,7 @@ def test_gradients_are_gathered_over_batches(smoke_world, tmp_path, monkeypatch)
     run(smoke_world, tmp_path, "--model_name=a", "--num_epochs=13", *SMALL)
     batches = len(steps)
     run(smoke_world, tmp_path, "--model_name=b", "--num_epochs=13", "--gradient_accumulation=3", *SMALL)
-    checkpoint = networks.load_checkpoint(tmp_path / "train_logs/b")
+    checkpoint = checkpoints.load_checkpoint(tmp_path / "train_logs/b")
     assert len(steps) - batches == len(checkpoint["train_losses"]) // 3 >= 13  # an epoch ends with a whole step
     schedule = checkpoint["lr_scheduler"]
     assert schedule["last_epoch"] == schedule["total_steps"] == len(steps) - batches  # it comes to its end
@@ -128,8 +129,8 @@ def test_without_prior_and_blurry_head(smoke_world, tmp_path):
     history = run(smoke_world, tmp_path, "--model_name=a", "--no-use_prior", "--no-blurry_recon", "--backbone=mlp",
                   *SMALL)
     assert "test/loss_prior" not in history and 0 <= history["test/image_retrieval"][-1][1] <= 1
-    checkpoint = networks.load_checkpoint(tmp_path / "train_logs" / "a")
-    assert checkpoint["config"] == {"backbone": "mlp"}
+    checkpoint = checkpoints.load_checkpoint(tmp_path / "train_logs" / "a")
+    assert checkpoint["config"] == {"backbone": "mlp", "prior": "target"}
     assert not any(key.startswith(("diffusion_prior", "backbone.blin1")) for key in checkpoint["model_state_dict"])
 
 
@@ -157,7 +158,7 @@ def test_fine_tuning_starts_from_the_pretrained_backbone_and_prior(smoke_world, 
 
 def test_fine_tuning_takes_the_sizes_of_the_pretrained_model(smoke_world, pretrained):
     run(smoke_world, pretrained, "--model_name=tuned", f"--multisubject_ckpt={pretrained / 'train_logs/pretrained'}")
-    config = networks.config_from_state_dict(weights(pretrained, "tuned"))
+    config = checkpoints.config_from_state_dict(weights(pretrained, "tuned"))
     assert (config["hidden_dim"], config["prior_depth"], config["prior_dim_head"]) == (32, 1, 16)
 
 
@@ -342,8 +343,8 @@ train.main(sys.argv[1:])
         done = launch(tmp_path, "-m", "accelerate.commands.launch", "--config_file", config, script,
                       f"--data_path={smoke_world}", f"--model_name={name}", "--resume", *flags, **own)
         assert done.returncode == code, done.stderr[-2000:]
-    whole, cut = (networks.load_checkpoint(tmp_path / "train_logs" / name) for name in ("whole", "cut"))
-    assert whole["config"] == {"backbone": "mlp"}
+    whole, cut = (checkpoints.load_checkpoint(tmp_path / "train_logs" / name) for name in ("whole", "cut"))
+    assert whole["config"] == {"backbone": "mlp", "prior": "target"}
     assert all(torch.equal(x, cut["model_state_dict"][name]) for name, x in whole["model_state_dict"].items())
     assert sorted(path.name for path in (tmp_path / "train_logs/cut").iterdir() if "tfevents" not in path.name) == [
         "curves.png", "last", "samples.png", "zero_to_fp32.py", "zero_to_torch.py"]  # the last two are DeepSpeed's
