@@ -424,7 +424,8 @@ def exchange_rows(accelerator: Accelerator, model: MindEye2) -> None:
     """
     if accelerator.distributed_type not in (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         return
-    wide = {name: layer for name, layer in model.named_modules() if isinstance(layer, networks.WideLinear)}
+    wide = {name: layer for name, layer in model.named_modules()
+            if isinstance(layer, networks.WideLinear) and layer.weight.requires_grad}
     for layer in wide.values():
         layer.exchanges_rows = True
         for parameter in layer.parameters():  # DDP does so for the others: all start from the first one's weights
