@@ -1,4 +1,4 @@
-"""How often do the toy's captions name the right things? Prints the table that README.md quotes.
+"""How often do the toy's captions name the right things? Prints the table that docs/measured.md quotes.
 
 For each model that toy.py trained, its predicted captions (recon.py) against what was seen; as the ceiling, captions
 of the true CLIP tokens of the same pictures. An object counts as right if it is named anywhere in the sentence.

@@ -1,4 +1,4 @@
-"""What is a text-to-image network worth to one that draws from tokens? Prints the tables that README.md quotes.
+"""What is a text-to-image network worth to one that draws from tokens? Prints the tables that docs/measured.md quotes.
 
 The toy's SDXL, its text taken out, against the same network from random weights, each trained by unclip.py with the
 same flags on the same pictures; and the three ways in which what reads the tokens may start. Pictures:

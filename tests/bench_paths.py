@@ -7,7 +7,7 @@ Three seeds each, worlds of their own. The two may run on different machines; th
 
     python tests/bench_paths.py plain     an hour of one CPU core
     python tests/bench_paths.py fast      a GPU; five minutes
-    python tests/bench_paths.py table     the table that README.md quotes
+    python tests/bench_paths.py table     the table that docs/measured.md quotes
 """
 
 import json

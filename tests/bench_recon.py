@@ -1,4 +1,4 @@
-"""How fast and how large is recon.py at the paper's sizes? Prints the table that README.md quotes.
+"""How fast and how large is recon.py at the paper's sizes? Prints the table that docs/measured.md quotes.
 
 Random weights of the true sizes, so the pictures are noise; what is timed is the same work. "As the original" is its
 loop: one image at a time, float32 weights under float16 autocast, on the same GPU in the same run.

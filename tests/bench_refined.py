@@ -1,4 +1,4 @@
-"""What does refinement do to the toy's pictures? Prints the table that README.md quotes.
+"""What does refinement do to the toy's pictures? Prints the table that docs/measured.md quotes.
 
 Each model's pictures before refine.py, after it, and blended with the blurry ones as evaluate.py does: SSIM and PixCorr
 with the images seen; two-way identification by the toy's CLIP-L; sharpness (the images' own edges = 1); and how often

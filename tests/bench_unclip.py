@@ -1,4 +1,4 @@
-"""How fast and how large is unclip.py at SDXL's size? Prints the table that README.md quotes.
+"""How fast and how large is unclip.py at SDXL's size? Prints the table that docs/measured.md quotes.
 
 Random weights, tokens and latents of the true sizes at 256 pixels; what is timed is unclip.train_step, the step of the
 training itself, without reading the batch. "of matmul": floating point operations of forward and backward pass a
