@@ -1,4 +1,4 @@
-"""What does a brain's decoder need: which start, how many steps, which solver? Prints the table that docs/measured.md quotes.
+"""What does a brain's decoder need: which start, how many steps, which solver? The table of docs/measured.md.
 
 Each decoder draws test pictures from their true CLIP tokens, and from those that the toy's model of all sessions read
 from a brain. Then the toy's own decoder does so by other solvers and steps: with 6 of dpm's, why toy.py draws as it
