@@ -63,11 +63,11 @@ def contrast_within(groups: int) -> None:
         return ([np.concatenate(chosen) for chosen in zip(*step, strict=True)] for step in zip(*parts, strict=True))
 
     def in_parts(loss):
-        def mean(*given):
+        def mean(*given, **options):
             split = [x.chunk(groups) if isinstance(x, torch.Tensor) else [x] * groups for x in given]
             if loss is mixco_nce:  # the partners' positions count from the part's first
                 split[3] = [perm - i * len(perm) for i, perm in enumerate(split[3])]
-            return sum(loss(*part) for part in zip(*split, strict=True)) / groups
+            return sum(loss(*part, **options) for part in zip(*split, strict=True)) / groups
         return mean
 
     mixco_nce = networks.mixco_nce
