@@ -241,9 +241,9 @@ def draw_low_level(axes: Axes, numbers: dict) -> None:
     theirs, middle = numbers["frozen"], (LOW + FEATURES) / 2
     arrow(axes, (DRAW, 340), (middle, 340), (middle, 463), label=shape(shapes["backbone_linear in"]), at=449)
     box(axes, "learning", middle, 486, 190, 46, "low-level head", count(size["maps"]))
-    for x, part, name in ((LOW, "upsampler", "upsampler"), (FEATURES, "projector", "projector")):
+    for x, name in ((LOW, "upsampler"), (FEATURES, "projector")):
         arrow(axes, (middle, 509), (middle, 531), (x, 531), (x, 555))
-        box(axes, "learning", x, 578, 130, 46, name, count(size[part]))
+        box(axes, "learning", x, 578, 136, 46, name, count(size[name]))
     write(axes, middle + 7, 520, shape(shapes["bnorm out"]), 11, ha="left", color="#444444")
     arrow(axes, (LOW, 601), (LOW, 685), label=shape(shapes["blurry_latents"]), at=616)
     arrow(axes, (LOW, 650), (LOW + 12, 650), color=RED, head=False)
@@ -289,7 +289,7 @@ def draw_retrieval(axes: Axes, numbers: dict) -> None:
     box(axes, "learning", RETRIEVE, 486, 190, 46, "retrieval head", count(numbers["learning"]["weights"]["retrieval"]))
     arrow(axes, (RETRIEVE, 509), (RETRIEVE, 585), label=shape(shapes["clip_voxels"]), right=False, at=530)
     arrow(axes, (RETRIEVE, 553), (RETRIEVE + 16, 553), color=RED, head=False)
-    box(axes, "loss", RETRIEVE + 86, 553, 140, 44, f"{losses['clip_scale']:g} × BiMixCo, then",
+    box(axes, "loss", RETRIEVE + 83, 553, 134, 44, f"{losses['clip_scale']:g} × BiMixCo, then",
         f"SoftCLIP (from {losses['mixup_pct']:.0%})")
     box(axes, "tensor", RETRIEVE, 600, 190, 30, "which picture was seen?")
 
@@ -421,9 +421,9 @@ def draw_curves(name: str, claim: dict) -> Figure:
                               [m + h for m, h in zip(means, halves, strict=True)], color=color, alpha=.16, lw=0)
             axis.plot(list(points), means, color=color, lw=1.8)
             axis.plot([], [], f"{marker}-", color=color, lw=1.8, ms=5.5, label=how)
-            for (count_, label), mean, values in zip(points.items(), means, numbers, strict=True):
-                axis.plot(count_, mean, marker, ms=5.5, color=color, gid=mark(label, metric))
-                axis.plot([count_] * len(values), values, ".", ms=3, color=color, alpha=.6)
+            for (sessions, label), mean, values in zip(points.items(), means, numbers, strict=True):
+                axis.plot(sessions, mean, marker, ms=5.5, color=color, gid=mark(label, metric))
+                axis.plot([sessions] * len(values), values, ".", ms=3, color=color, alpha=.6)
         axis.set_xscale("log", base=2)
         axis.set(xticks=list(points), xticklabels=list(points), ylim=(0, 1.03))  # none goes beyond 1
         axis.xaxis.set_minor_locator(NullLocator())
