@@ -469,6 +469,12 @@ def title(arm: str | tuple[str, str]) -> str:
     return f"({arm[0]} - {arm[1]})" if isinstance(arm, tuple) else arm
 
 
+def difference(entry: dict) -> str:
+    """An entry of "compared", as "image retr., ridge - everything: +0.162 ± 0.161"."""
+    mean, half = interval(entry["differences"])
+    return f"{METRICS[entry['metric']]}, {title(entry['a'])} - {title(entry['b'])}: {mean:+.3f} ± {half:.3f}"
+
+
 def print_claim(name: str, claim: Claim, found: dict) -> None:
     """The claim, the paper's numbers, the toy's in Markdown, the comparisons, the verdict."""
     print(f"\n## ({claim.letter}) {name}: {claim.says}\n\nPaper: {claim.paper}.\n")
@@ -481,9 +487,7 @@ def print_claim(name: str, claim: Claim, found: dict) -> None:
     print()
     for entry in found["compared"]:
         wanted = "> 0" if entry["within"] is None else f"within {entry['within']:g} of 0"
-        mean, half = interval(entry["differences"])
-        print(f"* {METRICS[entry['metric']]}, {title(entry['a'])} - {title(entry['b'])}: {mean:+.3f} ± {half:.3f} "
-              f"(claim: {wanted}): {entry['verdict']}")
+        print(f"* {difference(entry)} (claim: {wanted}): {entry['verdict']}")
     reason = f" Likely why: {claim.if_not}." if found["verdict"] == FAILS else ""
     print(f"\nVerdict: **{found['verdict']}**.{reason}")
 
@@ -510,9 +514,10 @@ def main(names: list[str], seeds: list[int], base: Path, smoke: bool = False, pr
         found[name] = check(claim, {label: [of_seed["scores"] for of_seed in arms[arm]]
                                     for label, arm in claim.arms.items()})
         print_claim(name, claim, found[name])
-    print(f"\n| claim | | with {len(seeds)} seed{'s' * (len(seeds) > 1)} |\n|---|---|---|")
+    print(f"\n| claim | | differences, {len(seeds)} seed{'s' * (len(seeds) > 1)} | verdict |\n|---|---|---|---|")
     for name, entry in found.items():
-        print(f"| ({entry['letter']}) {name} | {entry['says']} | {entry['verdict']} |")
+        print(f"| ({entry['letter']}) {name} | {entry['says']} | {'; '.join(map(difference, entry['compared']))} | "
+              f"{entry['verdict']} |")
     results = {"seeds": seeds, "hash": digest(found), "claims": found,
                "arms": {arm: {"flags": flags_of(arm, sizes), "seconds": [of_seed["seconds"] for of_seed in known]}
                         for arm, known in arms.items()}}

@@ -187,7 +187,7 @@ def read_pictures(args: argparse.Namespace, rows: np.ndarray) -> tuple[SimpleNam
     seen, size = Images(args.data_path)[rows], pictures["recons"].shape[-1]
     seen, *others = (resized(x, size, args.antialias) for x in (seen, *pictures.values()))
     pictures = dict(zip(pictures, others, strict=True))
-    if "enhancedrecons" in pictures and "blurryrecons" in pictures:  # section 2.4: the blurry one adds low-level truth
+    if "enhancedrecons" in pictures and "blurryrecons" in pictures:  # section 2.5: the blurry one adds low-level truth
         pictures["enhancedrecons"] = torch.lerp(pictures["blurryrecons"], pictures["enhancedrecons"], args.blend)
     elif "enhancedrecons" in pictures and args.blend < 1:
         print("enhancedrecons are judged unblended, for there are no blurryrecons.")
@@ -235,7 +235,7 @@ def score_features(args: argparse.Namespace, result: SimpleNamespace, seen: Simp
 
 
 def score_retrieval(args: argparse.Namespace, result: SimpleNamespace, seen: SimpleNamespace, voxels: Tensor) -> None:
-    """Find the image by the brain, and the brain by the image, in the space of the run's own CLIP (section 3.2)."""
+    """Find the image by the brain, and the brain by the image, in the space of the run's own CLIP (section 3.3)."""
     def check(theirs: tuple[int, int]) -> None:
         if (ours := tuple(voxels.shape[1:])) != tuple(theirs):
             raise UserError(f"the model's tokens are {ours}, CLIP's {theirs}: name the --cache_dir of its training.")

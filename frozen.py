@@ -1,10 +1,10 @@
 """The frozen networks: what MindEye2 takes from others and never trains.
 
     CLIP             images -> the tokens that are MindEye2's target (2.2), and pooled embeddings of images and texts
-    VAE              images <-> latents, the blurry head's target (2.5)
-    teacher          images -> low-level features, the blurry head's second target (2.5)
-    unCLIP decoder   image tokens -> pictures (2.3, 2.4)
-    captioner        image tokens -> a sentence (2.4)
+    VAE              images <-> latents, the blurry head's target (2.2.3)
+    teacher          images -> low-level features, the blurry head's second target (2.2.3)
+    unCLIP decoder   image tokens -> pictures (2.4)
+    captioner        image tokens -> a sentence (2.3)
 
 Each is read from a folder of --cache_dir in the format of its library; the released files, which come in formats of
 their own, load as well. Images are (B, 3, H, W) in [0, 1] everywhere; every loader raises UserError when a file is
@@ -493,7 +493,7 @@ def unclip_vector(dim: int, size: int) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Captioner (2.4): image tokens -> a sentence, by GIT (Wang et al. 2022)
+# Captioner (2.3): image tokens -> a sentence, by GIT (Wang et al. 2022)
 # ----------------------------------------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""From brain activity to pictures and captions: the trained model and the frozen networks on the test images (2.4).
+"""From brain activity to pictures and captions: the trained model and the frozen networks on the test images (2.3-2.5).
 
 Four passes over the test images, so that only one large network is in memory at a time:
     brain      1-3 single trials of an image -> MindEye2, outputs averaged -> brain tokens, retrieval tokens,

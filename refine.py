@@ -1,4 +1,4 @@
-"""The refinement: SDXL draws each reconstruction again, told by its caption what is in it (2.4).
+"""The refinement: SDXL draws each reconstruction again, told by its caption what is in it (2.5).
 
 Reconstructions have the right layout, but distorted things in it: the unCLIP decoder was trained at 256 pixels, from
 tokens that a brain never gives exactly. So each one, under the noise of half-way, is where base SDXL starts to draw
@@ -324,7 +324,7 @@ def redraw(
     sdxl: SimpleNamespace, latents: Tensor, noise: Tensor, prompt: dict[str, Tensor], steps: int = 25,
     strength: float = 0.5, guidance: float = 5.0, one_by_one: bool = False,
 ) -> Tensor:
-    """Latents of pictures (B, 4, L, L), scaled -> of refined pictures, by the last steps of SDXL's sampler (2.4).
+    """Latents of pictures (B, 4, L, L), scaled -> of refined pictures, by the last steps of SDXL's sampler (2.5).
 
     noise (B, 4, L, L) is normal. prompt has tokens (B + 1, 77, 2048) and pooled (B + 1, 1280), the last row of each
     for the negative prompt. one_by_one evaluates the two halves of guidance in turn: half the memory.

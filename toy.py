@@ -446,7 +446,7 @@ def headline(path: Path, seed: int, logs: Path, evals: Path, recipe: Recipe, reb
 
 
 def decoder(path: Path, seed: int, logs: Path, recipe: Recipe, rebuild: bool = False) -> None:
-    """How the paper's decoder came to be (2.3): the toy's SDXL, which draws what a text says, learns to read tokens.
+    """How the paper's decoder came to be (2.4): the toy's SDXL, which draws what a text says, learns to read tokens.
 
     The pictures of the headline are drawn by the shipped decoder, made by the same script in longer (toy_networks.py).
     """

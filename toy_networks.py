@@ -1,7 +1,7 @@
 """How the toy world's frozen networks were trained: CLIP, teacher, VAE, unCLIP decoder, captioner, refiner, judges.
 
 MindEye2 stands on networks that others pretrained for months: OpenCLIP bigG, a VICRegL ConvNeXt, the Stable Diffusion
-VAE and an SDXL fine-tuned to take CLIP tokens (paper §2.1-2.4). Their toy twins learn the same jobs from 60,000
+VAE and an SDXL fine-tuned to take CLIP tokens (paper §2.1-2.5). Their toy twins learn the same jobs from 60,000
 procedural scenes. The repository ships the result in toy_networks/, so you need this file only to change a network:
 
     python toy.py --train_frozen              # half an hour on an H100, days on a CPU; writes toy_networks/
@@ -196,7 +196,7 @@ def train_clip(images: torch.Tensor, scenes: toy.Scenes, folder: Path, device: s
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Teacher of the low-level head (paper §2.5)
+# Teacher of the low-level head (paper §2.2.3)
 # ---------------------------------------------------------------------------------------------------------------------
 def recolour(x: torch.Tensor) -> torch.Tensor:
     """Pictures (B, 3, H, W) in [0, 1] with other brightness, contrast and saturation; one in ten is grey."""
@@ -229,7 +229,7 @@ def train_teacher(images: torch.Tensor, folder: Path, device: str, scale: float)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# VAE and unCLIP decoder (paper §2.3)
+# VAE and unCLIP decoder (paper §2.2.3, 2.4)
 # ---------------------------------------------------------------------------------------------------------------------
 def train_vae(images: torch.Tensor, folder: Path, device: str, scale: float) -> None:
     """L1 + L2 + sharp edges + a little KL; then the scale that gives the latents unit variance, as in SD."""
@@ -259,7 +259,7 @@ def encode_all(encode, images: torch.Tensor, label: str) -> torch.Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Captioner (paper §2.4)
+# Captioner (paper §2.3)
 # ---------------------------------------------------------------------------------------------------------------------
 def train_git(images: torch.Tensor, scenes: toy.Scenes, out: Path, device: str, scale: float) -> None:
     """GIT and the converter in front of it learn together to say a picture's caption from its CLIP tokens.
@@ -507,7 +507,7 @@ def train_judges(images: torch.Tensor, scenes: toy.Scenes, out: Path, device: st
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Refiner (paper §2.4)
+# Refiner (paper §2.5)
 # ---------------------------------------------------------------------------------------------------------------------
 def blank_prompts(length: int) -> list[str]:
     """What counts as no prompt: nothing, or words that the tokenizer does not know, of any number up to `length`.
@@ -574,7 +574,7 @@ def train_sdxl(images: torch.Tensor, scenes: toy.Scenes, out: Path, device: str,
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Decoder (paper §2.3): after the refiner, from which it is made
+# Decoder (paper §2.4): after the refiner, from which it is made
 # ---------------------------------------------------------------------------------------------------------------------
 def train_unclip(images: torch.Tensor, out: Path, device: str, scale: float) -> None:
     """Latents from CLIP tokens: the toy's SDXL loses its text, as in the paper, by unclip.py."""

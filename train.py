@@ -10,7 +10,7 @@ Out  train_logs/{model_name}/last.pth          weights, optimizer, losses: the o
     accelerate launch train.py --model_name=finetuned --subj=1 --num_sessions=1 --batch_size=24 \\
         --multisubject_ckpt=train_logs/pretrained
 
-One step, top to bottom (paper §2.1-2.5): trials are drawn, voxels mixed (MixCo), every subject's voxels pass its own
+One step, top to bottom (paper §2.1-2.2): trials are drawn, voxels mixed (MixCo), every subject's voxels pass its own
 ridge, the backbone turns them into tokens, and three heads learn from frozen targets:
 
     L = 30 L_prior + 1 (BiMixCo, later SoftCLIP) + .5 L_lowlevel         (the paper divides by 30: 1, .033, .016)
@@ -70,7 +70,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--wandb_log", action=flag, default=False, help="log to Weights & Biases besides TensorBoard")
     p.add_argument("--wandb_project", default="stability", help="Weights & Biases project")
     p.add_argument("--mixup_pct", type=float, default=.33, help="share of epochs with BiMixCo, then SoftCLIP")
-    p.add_argument("--blurry_recon", action=flag, default=True, help="train the low-level head (paper §2.5)")
+    p.add_argument("--blurry_recon", action=flag, default=True, help="train the low-level head (paper §2.2.3)")
     p.add_argument("--blur_scale", type=float, default=.5, help="weight of the low-level loss")
     p.add_argument("--clip_scale", type=float, default=1., help="weight of the contrastive loss")
     p.add_argument("--prior_scale", type=float, default=30, help="weight of the prior's loss")
@@ -277,7 +277,7 @@ def of_all(accelerator: Accelerator, x: torch.Tensor) -> torch.Tensor:
 
 
 def low_level(out: dict, batch: dict, mix: SimpleNamespace | None, everyone=lambda x: x) -> torch.Tensor:
-    """L1 to the VAE latents + .1 SoftCLIP to the teacher, place by place (paper §2.5); `everyone`: `step_losses`.
+    """L1 to the VAE latents + .1 SoftCLIP to the teacher, place by place (paper §2.2.3); `everyone`: `step_losses`.
 
     A mixed brain should show mixed latents. (The original mixed them only after the loss was taken.)
     """

@@ -1,4 +1,4 @@
-"""Train the decoder: make a text-to-image diffusion model draw from CLIP image tokens instead (2.3, Table 9).
+"""Train the decoder: make a text-to-image diffusion model draw from CLIP image tokens instead (2.4, Table 9).
 
 SDXL knows how to draw what a text says. MindEye2 has no text, it has 256 image tokens, which say far more: what is
 where. So SDXL's UNet loses its text and learns, from pictures alone, to read tokens ("unCLIP", as in DALL-E 2):
@@ -238,7 +238,7 @@ def new_vector_layer(base: UNet2DConditionModel, how: str) -> tuple[Tensor, Tens
 
 @torch.no_grad()
 def convert(base: UNet2DConditionModel, token_dim: int, new_attention: str, new_vector: str) -> UNet2DConditionModel:
-    """The base's UNet, with all its weights but those of the text, as one that reads tokens (2.3)."""
+    """The base's UNet, with all its weights but those of the text, as one that reads tokens (2.4)."""
     config = token_config(dict(base.config), token_dim)
     if config["class_embed_type"] == base.config.class_embed_type:
         return base
