@@ -58,7 +58,7 @@ def figure_of(name: str, numbers: dict) -> Figure:
 
 def svg(name: str, numbers: dict) -> str:
     """The same as the text of an SVG, which holds the numbers and their hash."""
-    about = json.dumps({"hash": claims.digest(numbers), "numbers": numbers}, sort_keys=True)
+    about = json.dumps({"hash": claims.digest(numbers), "numbers": numbers})
     with plt.rc_context(STYLE), io.StringIO() as text:
         figure = figure_of(name, numbers)
         figure.savefig(text, format="svg", metadata={"Date": None, "Description": about})
