@@ -420,19 +420,23 @@ def start_accelerator(args: argparse.Namespace, gradient_accumulation: int = 1) 
 def exchange_rows(accelerator: Accelerator, model: MindEye2) -> None:
     """With plain DDP, take the widest layers out of its hands: they exchange rows (model.WideLinear).
 
-    And the buffers, constants here, which it would send before each step.
+    And the buffers, constants here, which it would send before each step. But DDP wants something to do: where nothing
+    else learns (--finetune=ridge), it keeps them.
     """
     if accelerator.distributed_type not in (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         return
+    learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     wide = {name: layer for name, layer in model.named_modules()
             if isinstance(layer, networks.WideLinear) and layer.weight.requires_grad}
+    parameters = {f"{name}.{part}" for name, layer in wide.items() for part, _ in layer.named_parameters()}
+    if parameters == learning:
+        return
     for layer in wide.values():
         layer.exchanges_rows = True
         for parameter in layer.parameters():  # DDP does so for the others: all start from the first one's weights
             torch.distributed.broadcast(parameter.data, 0)
-    parameters = [f"{name}.{part}" for name, layer in wide.items() for part, _ in layer.named_parameters()]
-    buffers = [name for name, _ in model.named_buffers()]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, parameters + buffers)
+    buffers = {name for name, _ in model.named_buffers()}
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, parameters | buffers)
 
 
 def ready_for_deepspeed(accelerator: Accelerator, network: torch.nn.Module, batch_size: int, clip: float = 0) -> None:

@@ -111,6 +111,11 @@ def test_wide_layers_exchange_rows_and_leave_no_gradient_to_ddp(monkeypatch):
     assert {name for name, _ in model.named_parameters()} & set(model._ddp_params_and_buffers_to_ignore) == set(wide)
     assert sent == [(p.data_ptr(), 0) for p in wide.values()]  # all start from the first process's
 
+    alone = networks.MindEye2([5], 6, 1, 2, 3, 4, use_prior=False)
+    alone.freeze()  # --finetune=ridge: DDP refuses a model of which nothing is left to it
+    train.exchange_rows(two, alone)
+    assert not alone.ridge.linears[0].exchanges_rows and not hasattr(alone, "_ddp_params_and_buffers_to_ignore")
+
     x, others = torch.randn(4, 5, requires_grad=True), torch.randn(4, 5)
     grad, theirs = torch.randn(4, 6), torch.randn(4, 6)
     exchanged = iter([others, theirs / 2])
