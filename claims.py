@@ -63,7 +63,7 @@ class Arm:
     start: str = ""  # the arm whose weights it starts from
     draw: str | None = ""  # flags of recon.py; None: no pictures, it is pretrained for others
     refine: str | None = None  # flags of refine.py; None: not refined
-    seconds: float = 20  # that it took on one core; only their ratios matter, for the estimate of the time left
+    seconds: float = 25  # that it took on one core; only their ratios matter, for the estimate of the time left
 
 
 EPOCHS = {1: 200, 2: 120, 4: 70, 10: 36, ALL: 24}  # 400 to 1200 steps: until validation is flat
@@ -89,14 +89,14 @@ ARMS = {
     "pretrained_mlp": Arm(f"{SEVEN} --backbone=mlp", draw=None, seconds=65),
     "pretrained_correction": Arm(f"{SEVEN} --prior=correction", draw=None, seconds=60),
     # Subject 1, from one session to all, from scratch and pretrained
-    **{f"scratch_{n}s": Arm(f"{SCRATCH} {sessions(n)}", seconds=20 + 20 * math.log2(n) / 2) for n in EPOCHS},
-    **{f"tuned_{n}s": Arm(f"{TUNE} {sessions(n)}", "pretrained", seconds=20 + 20 * math.log2(n) / 2) for n in EPOCHS},
+    **{f"scratch_{n}s": Arm(f"{SCRATCH} {sessions(n)}", seconds=25 + 6 * math.log2(n)) for n in EPOCHS},
+    **{f"tuned_{n}s": Arm(f"{TUNE} {sessions(n)}", "pretrained", seconds=25 + 6 * math.log2(n)) for n in EPOCHS},
     # Ten sessions from scratch, with one thing changed
     "scratch_mlp_ridge": Arm(f"{SCRATCH_10} --ridge=mlp", seconds=45),
     "scratch_mlp_backbone": Arm(f"{SCRATCH_10} --backbone=mlp", seconds=45),
     "scratch_prior": Arm(f"{SCRATCH_10} --clip_scale=0", seconds=45),
-    "scratch_prior_low": Arm(f"{SCRATCH_10} --clip_scale=0 --blurry_recon", seconds=130),
-    "scratch_all_losses": Arm(f"{SCRATCH_10} --blurry_recon", seconds=130),
+    "scratch_prior_low": Arm(f"{SCRATCH_10} --clip_scale=0 --blurry_recon", seconds=125),
+    "scratch_all_losses": Arm(f"{SCRATCH_10} --blurry_recon", seconds=125),
     "scratch_bimixco": Arm(f"{SCRATCH_10} --mixup_pct=1", seconds=45),
     "scratch_softclip": Arm(f"{SCRATCH_10} --mixup_pct=0", seconds=45),
     # One session, pretrained, with one thing changed
