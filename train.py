@@ -260,7 +260,7 @@ def contrast(brain: torch.Tensor, image: torch.Tensor, mix: SimpleNamespace | No
     """All tokens as one long vector of unit length: BiMixCo while voxels are mixed, SoftCLIP after."""
     brain, image = F.normalize(brain.flatten(1).float(), dim=-1), F.normalize(image.flatten(1), dim=-1)  # (B, S * D)
     if mix is not None:
-        return networks.mixco_nce(brain, image, .006, mix.perm, mix.betas, mix.select, released=original)
+        return networks.mixco_nce(brain, image, .006, mix.perm, mix.betas, mix.select, original)
     return networks.soft_clip_loss(brain, image, temp)
 
 
