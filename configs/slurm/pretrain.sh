@@ -21,8 +21,8 @@ export HF_HUB_OFFLINE=1     # all is in $DATA
 export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True  # 40 GiB must fit 48
 
 # Preempted, the job comes back by itself and goes on from last.pth (--resume); so does one sent again after its time.
-# --batch_size is for each GPU. 42 = 6 trials of each of 7 subjects, so 336 in all. (configs/deepspeed_zero2.yaml, without
-# --compile, takes 32 GiB a GPU in place of 40, of two, and twice the time.)
+# --batch_size is for each GPU. 42 = 6 trials of each of 7 subjects, so 336 in all. On two GPUs, deepspeed_zero2.yaml
+# without --compile took 32 GiB each in place of 40, and twice the time.
 accelerate launch --config_file configs/multi_gpu.yaml train.py --data_path="$DATA" \
     --model_name="multisubject_subj0$SUBJ" --multi_subject --subj="$SUBJ" --num_sessions=40 --batch_size=42 \
     --max_lr=3e-4 --mixup_pct=.33 --num_epochs=150 --use_prior --prior_scale=30 --clip_scale=1 \
