@@ -243,7 +243,7 @@ class NoiseScheduler(nn.Module):
     """
     def __init__(self, timesteps: int = 100) -> None:
         super().__init__()
-        time = torch.linspace(0, timesteps, timesteps + 1, dtype=torch.float64) / timesteps
+        time = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps
         signal = torch.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2  # s = .008 keeps the first step from being nil
         betas = (1 - signal[1:] / signal[:-1]).clamp(max=0.999)
         alphas = 1 - betas

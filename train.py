@@ -729,6 +729,7 @@ def set_up(args: argparse.Namespace, accelerator: Accelerator, sizes: dict, pret
     targets = load_targets(args, accelerator, sets)
     with accelerator.device:  # a GPU draws two billion first weights in no time
         model = build_model(args, sizes, pretrained, [part.voxels.shape[1] for part in sets.train], targets)
+    model.to(accelerator.device)
     optimizer = make_optimizer(args, networks.parameter_groups(model), accelerator.device)
     ready_for_deepspeed(accelerator, model, args.batch_size)
     exchange_rows(accelerator, model)
