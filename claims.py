@@ -307,7 +307,6 @@ def record(folder: Path, name: str, sizes: Sizes) -> dict:
 
 
 def write_json(path: Path, value: object) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     with files.replacing(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1) + "\n")
 

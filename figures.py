@@ -86,7 +86,6 @@ def shown(path: str | Path) -> dict:
 # The model: what it says of itself
 # ----------------------------------------------------------------------------------------------------------------------
 VOXELS = [15724, 14278, 15226, 13153, 13039, 17907, 12682, 14386]  # of NSD's subjects 1 to 8
-SOFT = .1  # share of SoftCLIP in train.low_level
 
 
 def weights(part: nn.Module, learning: bool | None = None) -> int:
@@ -249,7 +248,7 @@ def draw_low_level(axes: Axes, numbers: dict) -> None:
     arrow(axes, (LOW, 650), (LOW + 12, 650), color=RED, head=False)
     box(axes, "loss", LOW + 45, 650, 66, 26, f"{scale:g} × L1")
     arrow(axes, (FEATURES, 601), (FEATURES, 637), label=shape(shapes["blurry_features"]), color=RED, at=616)
-    box(axes, "loss", FEATURES, 650, 112, 26, f"{scale * SOFT:g} × SoftCLIP")
+    box(axes, "loss", FEATURES, 650, 112, 26, f"{scale * train.SOFT_SHARE:g} × SoftCLIP")
     box(axes, "frozen", LOW, 708, 136, 46, "VAE decoder", count(theirs["weights"]["vae decoder"]))
     arrow(axes, (LOW, 731), (LOW, 773), label=shape(theirs["shapes"]["blurry"]))
     box(axes, "tensor", LOW, 788, 136, 30, "blurry picture")

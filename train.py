@@ -271,9 +271,12 @@ def of_all(accelerator: Accelerator, x: torch.Tensor) -> torch.Tensor:
     mean of the processes: (1/W) sum_r W dL/dx_r dx_r/dw. So nothing need be sent backwards.
     """
     world, rank = accelerator.num_processes, accelerator.process_index
-    rows = list(accelerator.gather(x.detach().contiguous()).chunk(world))
+    rows = list(networks.gathered(x.detach()).chunk(world))
     rows[rank] = x + (world - 1) * (x - x.detach()) if x.requires_grad else x  # the value of x
     return torch.cat(rows)
+
+
+SOFT_SHARE = .1  # of SoftCLIP in the low-level loss, beside L1
 
 
 def low_level(out: dict, batch: dict, mix: SimpleNamespace | None, everyone=lambda x: x) -> torch.Tensor:
@@ -288,7 +291,7 @@ def low_level(out: dict, batch: dict, mix: SimpleNamespace | None, everyone=lamb
     l1 = F.l1_loss(out["blurry_latents"].float(), latents)
     student, teacher, recoloured = (F.normalize(everyone(x).flatten(0, 1).float(), dim=-1)  # (B * F, 512)
                                     for x in (out["blurry_features"], batch["features"], batch["features_aug"]))
-    return l1 + .1 * networks.soft_contrastive_loss(student, teacher, recoloured, .2)
+    return l1 + SOFT_SHARE * networks.soft_contrastive_loss(student, teacher, recoloured, .2)
 
 
 def lr_schedule(optimizer, kind: str, max_lr: float, epochs: int, steps: int):
@@ -729,7 +732,7 @@ def set_up(args: argparse.Namespace, accelerator: Accelerator, sizes: dict, pret
     targets = load_targets(args, accelerator, sets)
     with accelerator.device:  # a GPU draws two billion first weights in no time
         model = build_model(args, sizes, pretrained, [part.voxels.shape[1] for part in sets.train], targets)
-    model.to(accelerator.device)
+    model.to(accelerator.device)  # what a library makes on the CPU all the same
     optimizer = make_optimizer(args, networks.parameter_groups(model), accelerator.device)
     ready_for_deepspeed(accelerator, model, args.batch_size)
     exchange_rows(accelerator, model)
