@@ -19,8 +19,8 @@ def is_whole(x: Tensor) -> bool:
     return plain and x.numel() * x.element_size() <= x.untyped_storage().nbytes()
 
 
-def load_array(path: Path, mend: str) -> Tensor | np.ndarray | list:
-    """A file of torch.save that holds a tensor, or strings as a list or numpy array, as the original wrote them.
+def load_array(path: Path, mend: str) -> Tensor | np.ndarray | list | dict:
+    """What a file of torch.save holds: a tensor, strings as a list or numpy array (the original's), or a dict of these.
 
     Only these are built: whatever else a file may ask to run is refused. Raises UserError, whose end is `mend`.
     """

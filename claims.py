@@ -16,7 +16,7 @@ Out  claims/results.json                    every number, with seeds, flags, sec
 
 To add a claim, add what is to be trained to ARMS and an entry to CLAIMS. How the recipe was found: each arm's
 validation (train_logs/*/curves.png) is flat before it ends, for a baseline that is cut short makes a gap that is none;
-its weights are those of the best validation (best.pth). All but the low-level claim leave the low-level head out: it
+its weights are those of the best validation (best.pth). All claims but "losses" leave the low-level head out: it
 takes two thirds of a step, and no part of what they compare.
 """
 
@@ -121,7 +121,8 @@ ARMS = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """What goes before an arm's flags (`base`), after those of train.py (`train`), and the world."""
+    """The world, and flags of all arms: of train.py before an arm's own (`base`) and after (`train`), of recon.py
+    (`draw`) and of refine.py (`refine`) before."""
     world: toy.World
     base: str = ("--hidden_dim=256 --prior_depth=2 --prior_dim_head=16 --teacher_views=1 --val_sessions=4 "
                  "--no-blurry_recon")
@@ -363,13 +364,14 @@ def run_arm(name: str, seed: int, base: Path, sizes: Sizes) -> None:
 
 
 def prepare_worker() -> None:
-    """A process of several works with one thread: two threads on one small network gain little."""
+    """One thread, alone or beside others: two gain little here, and sum in another order, which moves the numbers."""
     torch.set_num_threads(1)
 
 
 def in_parallel(work: Callable, jobs: list[tuple], processes: int) -> Iterator[tuple]:
     """Yield the jobs, (name, seed, ..), as they get done. One process: this one, for another would first import."""
     if processes == 1 or len(jobs) == 1:
+        prepare_worker()
         for job in jobs:
             work(*job)
             yield job
@@ -506,8 +508,8 @@ def main(names: list[str], seeds: list[int], base: Path, smoke: bool = False, pr
     if unknown := [name for name in names if name not in CLAIMS]:
         raise UserError(f"there is no claim {unknown[0]}: choose --claims from {', '.join(CLAIMS)}.")
     names, sizes, began = names or list(CLAIMS), SMOKE if smoke else FULL, time.time()
-    if rebuild:
-        shutil.rmtree(base, ignore_errors=True)
+    for seed in seeds if rebuild else ():
+        shutil.rmtree(base / f"seed{seed}", ignore_errors=True)
     run_all(names, seeds, base, sizes, processes or os.cpu_count() or 1)
     arms = {arm: [record(base / f"seed{seed}", arm, sizes) for seed in seeds] for arm in needed(names)}
     print(f"\n{RULE}")

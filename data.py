@@ -43,6 +43,7 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+import psutil
 import torch
 import torch.nn.functional as F
 import webdataset as wds
@@ -73,7 +74,7 @@ def h5_path(data_path, name: str, subject: int | None = None) -> Path:
     return Path(data_path) / H5_FILES[name].format(subject)
 
 
-def brief(error: Exception) -> str:
+def brief(error: object) -> str:
     return str(error).partition("\n")[0][:150]
 
 
@@ -158,10 +159,9 @@ def read_behav(path: Path) -> np.ndarray:
         raise UserError(f"{path} is missing: --data_path must name the folder that holds wds/.")
     # A bare pipeline, because wds.WebDataset would split the tars over DDP ranks; ours all read the same list.
     samples = wds.DataPipeline(wds.SimpleShardList([str(path.absolute())]), wds.tarfile_to_samples())
-    table, used = [], 0
+    table = []
     try:
         for sample in samples:
-            used += sum(512 + -(-len(member) // 512) * 512 for member in sample.values() if isinstance(member, bytes))
             if not is_inside(sample["__key__"]):
                 raise UserError(f"{path}: its member {sample['__key__']} lies outside of the folder: {again}")
             if "behav.npy" not in sample:
@@ -170,10 +170,12 @@ def read_behav(path: Path) -> np.ndarray:
             if row.dtype.kind not in "fiu":
                 raise ValueError(f"behav.npy of {row.dtype}")
             table.append(row.astype(np.float64))
+        with tarfile.open(path) as tar:  # sizes differ: webdataset's own writer gives each member a longer header
+            tar.getmembers()
+            tail = path.stat().st_size - tar.offset
     except (tarfile.TarError, ValueError, EOFError, OSError) as error:
         raise UserError(f"{path} is cut short or damaged ({(error.args or ['?'])[0]}): {again}") from None
-    # Python's tarfile ends quietly at a broken header or at zeros, so compare what was read with the file's size.
-    tail = path.stat().st_size - used
+    # Python's tarfile ends quietly at a broken header or at zeros: what it leaves may be no more than tar's own end.
     if not table or tail % 512 or tail > 2 * tarfile.RECORDSIZE:
         raise UserError(f"{path} is cut short or damaged after {len(table)} trials: {again}")
     if tail < 1024:  # an unclosed writer leaves this too, so it proves nothing
@@ -208,8 +210,8 @@ def embed_images(model, voxels: torch.Tensor, positions: list[np.ndarray], subje
                  chunk: int = 256) -> dict[str, torch.Tensor]:
     """What a brain says of n images: voxels (trials, V) and, for each image, the rows of its repetitions.
 
-    Returns the model's backbone (n, S, D), clip_voxels (n, S, D), blurry_latents (n, 4, L, L) on the CPU. Not the
-    voxels are averaged but the outputs (A.2): the model was trained on single trials, never on their calmer average.
+    Returns the model's backbone (n, S, D), clip_voxels (n, S, D), blurry_latents (n, 4, L, L) on the CPU. The outputs
+    are averaged, not the voxels (A.2): the model was trained on single trials, never on their calmer average.
     """
     device, rows = next(model.parameters()).device, np.concatenate(positions)
     outputs = {}
@@ -280,8 +282,8 @@ def load_voxels(data_path, trials: Trials, block: int = 512) -> torch.Tensor:
 def resized(images: torch.Tensor, size: int, antialias: bool = False) -> torch.Tensor:
     """(n, 3, H, W) -> (n, 3, size, size) float32, bilinear.
 
-    The paper's torchvision (0.16) did not antialias tensors; today's does unless told. It matters where a picture
-    shrinks (256 -> 224: up to .025 of a pixel's value), not where it grows.
+    The paper's torchvision (0.16) did not antialias tensors; today's does unless told not to. It matters where a
+    picture shrinks (256 -> 224: values in [0, 1] move by up to .025), not where it grows.
     """
     return F.interpolate(images.float(), (size, size), mode="bilinear", align_corners=False, antialias=antialias)
 
@@ -450,7 +452,7 @@ def load_region_masks(data_path, subject: int, voxels: int | None = None) -> dic
         for region in group:
             mask = open_mask(group, region)
             if mask is None or voxels not in (None, len(mask)):
-                size = "no (V,) of yes or no" if mask is None else f"of {len(mask)} voxels, the betas have {voxels}"
+                size = "not (V,) of numbers" if mask is None else f"of {len(mask)} voxels, the betas have {voxels}"
                 raise UserError(f"{path}: subj0{subject}/{region} is {size}: get the file again into --data_path.")
             masks[region] = mask
     return masks
@@ -483,7 +485,7 @@ def epoch_batches(
     trials_list: list[Trials], batch_size: int, steps: int, seed: int, epoch: int, rank: int = 0, world: int = 1,
     together: bool = False,
 ) -> Iterator[list[np.ndarray]]:
-    """Yield `steps` batches: for each subject, `batch_size` positions in its Trials.
+    """Yield `steps` batches: for each subject, `batch_size` positions in its Trials (here of each, not of all).
 
     Trials are permuted anew by (seed, epoch, subject); every process works out the whole schedule and takes its part,
     so no trial is seen by two. A subject with too few trials goes on with a fresh permutation. No batch shows an image
@@ -532,7 +534,7 @@ def separate_twins(order: np.ndarray, image: np.ndarray, rng: np.random.Generato
 
 
 def pinned(batch: dict) -> dict:
-    """A dict of tensors, or of lists of them, in memory from which a GPU copies while others work."""
+    """A dict of tensors, or of lists of them, in page-locked memory: a GPU copies from it while it computes."""
     return {name: [x.pin_memory() for x in value] if isinstance(value, list) else value.pin_memory()
             for name, value in batch.items()}
 
@@ -598,11 +600,11 @@ class TargetCache:
     """One network's output for the images: cache[[5, 2, 5]] -> (3, *shape) float16, as stored.
 
     A memory-mapped float16 array with a row for every image of the image file (rows never written take no disk), and
-    beside it one bool per row: done or not. The maps are for reading only: to write into one whose disk is full ends
-    the process (SIGBUS), to write into the file is an error that one can tell. encode(images (B, 3, H, W), rows (B,))
-    -> (B, *shape) may be None where the cache is only read. `fingerprint` must tell networks and image files apart:
-    it is part of the file name, so another network's leftover is never used. One process fills; another sees the rows
-    as soon as they are done.
+    beside it one bool per row: done or not. The maps are only read: writing into one whose disk is full kills the
+    process (SIGBUS), writing into the file raises an error. encode(images (B, 3, H, W), rows (B,)) -> (B, *shape)
+    may be None where the cache is only read. `fingerprint` must tell networks and image files apart: it is part of
+    the file name, so another network's leftover is never used. One process fills; another sees the rows as soon as
+    they are done.
     """
 
     def __init__(self, folder, name: str, encode: Callable | None, shape: tuple[int, ...], fingerprint: str):
@@ -680,7 +682,7 @@ class TargetCache:
         """Read these images' targets once, in the file's order, and answer from memory from then on."""
         rows = np.unique(np.asarray(indices, np.int64))
         self[rows[:1]]  # all there and whole?
-        needed, free = len(rows) * self.row_bytes, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        needed, free = len(rows) * self.row_bytes, psutil.virtual_memory().available
         if needed > free:
             raise UserError(f"{self.path} takes {needed:,} bytes of memory, {free:,} are free: leave out --in_memory.")
         self._targets = self._targets[rows]  # (rows, *shape)
@@ -825,9 +827,9 @@ def write_session_tar(path, behav, past, future, olds, start: int = 0):
 def behaviour_windows(table: np.ndarray, window: int = 15) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """past (n, window, 17), future (n, window, 17), olds (n, 3, 17) of a subject's whole behav table (n, 17).
 
-    past and future are the trials just before and after in the same session, olds the image's other trials in any
-    session, all in order of time and padded with -1 on the far side: past's LAST and future's FIRST row are the
-    neighbours (our choice: MindEye2 never reads these). Rows may come in any order; test trials must be among them.
+    past and future are the trials just before and after in the same session, nearest first, as released; olds the
+    image's other trials in any session, in order of time. All are padded with -1 at the end (MindEye2 reads none of
+    them). Rows may come in any order; test trials must be among them.
     """
     n, width = table.shape
     past, future = (np.full((n, window, width), -1.0) for _ in range(2))  # (n, window, 17)
@@ -837,7 +839,7 @@ def behaviour_windows(table: np.ndarray, window: int = 15) -> tuple[np.ndarray, 
         rows = by_time[table[by_time, SESSION] == session]
         for k, row in enumerate(rows):
             before, after = rows[max(0, k - window) : k], rows[k + 1 : k + 1 + window]
-            past[row, window - len(before) :] = table[before]
+            past[row, : len(before)] = table[before][::-1]
             future[row, : len(after)] = table[after]
     _, group, counts = np.unique(table[by_time, IMAGE], return_inverse=True, return_counts=True)
     for rows in np.split(by_time[np.argsort(group, kind="stable")], np.cumsum(counts)[:-1]):

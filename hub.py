@@ -50,7 +50,8 @@ TRIES = 3         # in a row without a byte, each of them with five of http_get'
 RECORD = "download.json"
 NETWORK_ERRORS = (OSError, errors.HfHubHTTPError.__bases__[0])  # whichever HTTP library huggingface_hub is built on
 
-# Left out as in the original's README, and taken all the same. (It leaves out shared1000.npy, too; `check` reads it.)
+# EXCLUDED is left out, as in the original's README (which leaves out shared1000.npy too, but `check` reads it);
+# of it, INCLUDED is taken all the same.
 EXCLUDED = ("train_logs/", "evals/", "human_trials_mindeye2.ipynb", "subj01_annots.npy")
 INCLUDED = ("evals/all_images.pt", "evals/all_captions.pt", "evals/all_git_generated_captions.pt")
 WEIGHTS = (".pth", ".pt", ".ckpt", ".safetensors")  # at the repository's top level: a frozen network
@@ -168,7 +169,7 @@ def network_files(name: str, cache_dir: Path, files: dict[str, File]) -> list[Fi
     repository, weights, patterns = NETWORKS[name]
     found = next((path for path in weights if path in files), None)
     if found is None:
-        raise UserError(f"{repository} has none of {', '.join(weights)}: put {cache_dir / name} there by other means, "
+        raise UserError(f"{repository} has none of {', '.join(weights)}: bring {cache_dir / name} by other means, "
                         "and pass --no-networks.")  # fmt: skip
     others = [path for path in files if "/" not in path and any(fnmatch(path, pattern) for pattern in patterns)]
     return [files[path]._replace(target=cache_dir / name / path) for path in [*others, found]]

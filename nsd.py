@@ -64,7 +64,7 @@ def raw_file(nsd_path, *names: str) -> Path:
 
 
 def unreadable(path: Path, reason) -> UserError:
-    return UserError(f"{path} cannot be used ({str(reason).splitlines()[0][:150]}): fetch it again into --nsd_path.")
+    return UserError(f"{path} cannot be used ({data.brief(reason)}): fetch it again into --nsd_path.")
 
 
 def read_volume(path: Path, shape: tuple | None = None) -> np.ndarray:
@@ -125,9 +125,10 @@ def read_responses(path: Path, subject: int, shared: np.ndarray, sessions: int |
     time = BEHAV_COLUMNS.index("time")
     table[:, time] = np.trunc(table[:, time])
     table[np.isnan(table)] = -1
-    if not 1 <= (sessions or here) <= here:
+    count = here if sessions is None else sessions
+    if not 1 <= count <= here:
         raise UserError(f"{path} has {here} sessions, not {sessions}: set --sessions between 1 and {here}.")
-    return table[session <= (sessions or here)], here
+    return table[session <= count], here
 
 
 def read_session(path: Path, mask: np.ndarray, trials: int) -> np.ndarray:
@@ -229,11 +230,10 @@ def write_rows(path, name: str, shape: tuple, dtype, blocks: Iterable[np.ndarray
 def write_trials(data_path, subject: int, table: np.ndarray, test: np.ndarray, old_test: np.ndarray):
     """All tars of a subject: table (n, 17), test and old_test (n,) bool; the other trials are for training.
 
-    The k-th session that has training trials becomes train/k.tar. As released, the rows of past_behav and future_behav
-    begin at the nearest trial and stop at the session's edge, not at a run's. The folder appears when it is complete.
+    The k-th session that has training trials becomes train/k.tar. As released, past_behav and future_behav stop at the
+    session's edge, not at a run's. The folder appears when it is complete.
     """
     past, future, olds = data.behaviour_windows(table)
-    past = past[:, ::-1]  # (n, 15, 17) nearest first
     splits = {("train", k): ~test & (table[:, SESSION] == session)
               for k, session in enumerate(np.unique(table[~test, SESSION]))}
     splits |= {("new_test", 0): test, ("test", 0): old_test}
@@ -319,8 +319,9 @@ def prepare(nsd_path, data_path, subject: int, version: str = VERSIONS[0], zscor
             min_ncsnr: float = 0, sessions: int | None = None, overwrite: bool = False) -> dict[str, int]:
     """Raw NSD of one subject -> the official files; returns counts. Raises UserError if a raw file is missing or bad.
 
-    zscore  "train": mean and deviation of each voxel over the session's training trials; "all": over all its trials,
-            as the release's notebook did, although its comment and paper A.2 leave the test trials out
+    zscore  "train": mean and deviation of each voxel over the session's training trials; "all": over all its trials.
+            The release's notebook does the latter, although its comment and paper A.2 leave the test trials out.
+            A.2 names the whole training set; that it is done by session is the notebook's.
     All raw files are looked for first. The betas, which tell that a subject is complete, get their name last.
     """
     if not overwrite:
@@ -365,7 +366,8 @@ def prepare(nsd_path, data_path, subject: int, version: str = VERSIONS[0], zscor
 def append_pictures(data_path, images: torch.Tensor, size: int) -> int:
     """Put pictures (n, 3, H, W) behind those of the images file, or begin it; returns the row of the first new one.
 
-    The file is copied, then takes the old one's place: for NSD's 22 GB that takes a minute, but nothing can break.
+    A whole new file is written and takes the old one's place: for NSD's 22 GB that takes a minute, but nothing can
+    break.
     """
     path, known = data.h5_path(data_path, "images"), 0
     if path.exists():
@@ -384,6 +386,8 @@ def append_pictures(data_path, images: torch.Tensor, size: int) -> int:
 
 def mistake(voxels, images, row, session, test, count: int, shared) -> str:
     """What is wrong with write_subject's arrays, or ""; shared (count,) bool: others' test pictures, or None."""
+    if not voxels.size:
+        return f"voxels {voxels.shape} hold nothing"
     if voxels.ndim != 2 or not len(voxels) == len(row) == len(session) == len(test):
         return f"voxels {voxels.shape} do not have a row for each of {len(row)}, {len(session)}, {len(test)} trials"
     if not np.isfinite(voxels).all():
@@ -577,14 +581,11 @@ def check_tar(data_path, subject: int, split: str, number: int) -> tuple[np.ndar
 
 def check_trials(data_path, subject: int, rows: int | None, images: int | None, shared, nsd: bool) -> Findings:
     """The tars, and whether what they name exists, once each, in order, and apart from each other."""
-    name, tables, folder = f"wds/subj0{subject}", {}, data.session_tar(data_path, subject, "train").parent
+    name, tables = f"wds/subj0{subject}", {}
     try:
         numbers = range(data.count_sessions(data_path, subject))
     except UserError as error:
         yield f"{name}/train", str(error)
-        return
-    if not numbers:
-        yield f"{name}/train", problem(True, f"{folder} has no tar")
         return
     wrong = False
     for split, number in [*(("train", k) for k in numbers), ("new_test", 0), ("test", 0)]:
@@ -599,7 +600,7 @@ def check_trials(data_path, subject: int, rows: int | None, images: int | None, 
     train, new, old = (tables[split] for split in ("train", "new_test", "test"))
     everything = np.concatenate([train, new])  # (n, 17)
     yield f"{name}/train: {len(numbers)} tars, {len(train)} trials", ""
-    yield from check_columns(name, train, new, old, len(numbers))
+    yield from check_columns(name, subject, train, new, old, len(numbers))
     beta = everything[:, BETA].astype(int)
     if rows is not None:
         outside = beta[beta >= rows]
@@ -616,9 +617,9 @@ def check_trials(data_path, subject: int, rows: int | None, images: int | None, 
         yield from check_counts(name, subject, rows, len(numbers), new, old)
 
 
-def check_columns(name: str, train: np.ndarray, new: np.ndarray, old: np.ndarray, tars: int) -> Findings:
+def check_columns(name: str, subject: int, train: np.ndarray, new: np.ndarray, old: np.ndarray,
+                  tars: int) -> Findings:
     everything = np.concatenate([train, new])  # (n, 17)
-    subject = int(name[len("wds/subj0") :])
     other = (everything[:, SUBJECT] != subject).sum()
     yield f"{name}: column 1, the subject", problem(other > 0, f"{other} trials of another subject")
     jumbled = (np.diff(train[:, SESSION]) < 0).any() or len(np.unique(train[:, SESSION])) != tars
@@ -674,7 +675,7 @@ def check_pairing(data_path, subject: int) -> Findings:
 
 def check_evals(data_path, nsd: bool) -> Findings:
     """The test images and captions that evaluations compare with: optional, but if there, then equally many."""
-    counts = {}
+    counts, mend = {}, "delete it and do without, or get it again (data.py download)"
     for name in ("all_images.pt", "all_captions.pt", "all_git_generated_captions.pt"):
         path = Path(data_path) / "evals" / name
         if not path.exists():
@@ -683,12 +684,12 @@ def check_evals(data_path, nsd: bool) -> Findings:
             if name == "all_images.pt":  # up to 600 MB: only mapped
                 counts[name] = len(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
             else:
-                counts[name] = len(load_array(path, MEND))
+                counts[name] = len(load_array(path, mend))
         except Exception as error:
-            yield f"evals/{name}", problem(True, f"unreadable ({type(error).__name__})")
+            yield f"evals/{name}", f"unreadable ({data.brief(error)}): {mend}"
     wanted = NSD_SHARED if nsd else max(counts.values(), default=0)
     for name, count in counts.items():
-        yield f"evals/{name}: {count}", problem(count != wanted, f"there should be {wanted}")
+        yield f"evals/{name}: {count}", f"there should be {wanted}: {mend}" if count != wanted else ""
 
 
 def check_subject(data_path, subject: int, images: int | None, shared: np.ndarray | None) -> Findings:
@@ -758,7 +759,8 @@ def add_commands(commands):
                         "GLMsingle), the second leaves denoising out (the release's notebook)")
     p.add_argument("--zscore", default="train", choices=("train", "all"),
                    help="trials whose mean and deviation each voxel of a session is scaled by: train = those for "
-                        "training only, as the paper says; all = the test trials too, the release's notebook")
+                        "training only (the paper's, but all sessions at once); all = the test trials too, the "
+                        "release's notebook")
     p.add_argument("--min_ncsnr", type=float, default=0,
                    help="drop voxels below this ratio of signal to noise; 0: keep all of nsdgeneral, as the paper did "
                         "(15,724 of subject 1)")

@@ -31,7 +31,7 @@ What made them good enough to look at (each was worth more than a bigger network
   weights, it draws true tokens better (PixCorr .996 against .964) and a brain's blurred (edges .66 as strong as seen
   ones, against .93; two-way CLIP .921 against .970). --token_noise matters less: from SDXL, .972 without it, .976 with
   .4, .970 with .7. (150 test pictures, the model of all sessions, seed 0: by these the shipped one, of .4, was chosen.)
-* All steps run as one CUDA graph: networks this small otherwise wait for Python.
+* Each step is one CUDA graph, but for GIT's and the sentence judge's: networks this small wait for Python.
 
 The shipped weights were made by this code: on an H100 CLIP (110 s) and SDXL (407 s) beside the judges (489 s), on an
 H200 GIT (125 s) beside SwAV's twin (133 s), and the decoder (217 s). VAE and teacher are older, of the same code.
@@ -72,6 +72,7 @@ import judges
 import refine
 import toy
 import unclip
+from model import run_main
 
 NUM_SCENES = 60_000
 STEPS = {"clip": 12000, "teacher": 1500, "vae": 4500, "unet": 11000, "git": 6000, "sdxl": 10000}
@@ -189,10 +190,7 @@ def train_clip(images: torch.Tensor, scenes: toy.Scenes, folder: Path, device: s
         return contrast + .3 * attributes + 40 * F.mse_loss(draw_patch(tokens), patches)
 
     train("clip", both, loss, device, scale)
-    preprocess = {"mean": frozen.CLIP_MEAN, "std": frozen.CLIP_STD}
-    (folder / "open_clip_config.json").write_text(
-        json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}, indent=1))
-    save_half(clip.state_dict(), folder / "open_clip_model.safetensors")
+    save_clip(clip, config, folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -229,7 +227,7 @@ def train_teacher(images: torch.Tensor, folder: Path, device: str, scale: float)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# VAE and unCLIP decoder (paper §2.2.3, 2.4)
+# VAE, of the low-level head, the decoder and the refiner (paper §2.2.3, 2.4, 2.5)
 # ---------------------------------------------------------------------------------------------------------------------
 def train_vae(images: torch.Tensor, folder: Path, device: str, scale: float) -> None:
     """L1 + L2 + sharp edges + a little KL; then the scale that gives the latents unit variance, as in SD."""
@@ -434,10 +432,7 @@ def train_judge_clip(name: str, images: torch.Tensor, scenes: toy.Scenes, folder
         return contrast + .25 * named
 
     train(name, nn.ModuleList([clip, heads]), loss, device, scale, decay=.99)
-    preprocess = {"mean": frozen.CLIP_MEAN, "std": frozen.CLIP_STD}
-    (folder / "open_clip_config.json").write_text(
-        json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}, indent=1))
-    save_half(clip.state_dict(), folder / "open_clip_model.safetensors")
+    save_clip(clip, config, folder)
 
 
 SWAPPED = [0, 1, 5, 6, 7, 2, 3, 4]  # of ground, sky, and shape, colour, size of each object: the objects change places
@@ -602,6 +597,13 @@ def save_half(state: dict, path: Path) -> None:
     save_file({k: v.detach().half().contiguous().cpu() for k, v in state.items()}, path)
 
 
+def save_clip(clip: nn.Module, config: dict, folder: Path) -> None:
+    """As open_clip reads it from a folder."""
+    about = {"model_cfg": config, "preprocess_cfg": {"mean": frozen.CLIP_MEAN, "std": frozen.CLIP_STD}}
+    (folder / "open_clip_config.json").write_text(json.dumps(about, indent=1))
+    save_half(clip.state_dict(), folder / "open_clip_model.safetensors")
+
+
 def write_hashes(folder: Path) -> None:
     lines = [f"{hashlib.sha256(f.read_bytes()).hexdigest()}  {f.relative_to(folder)}"
              for f in sorted(folder.rglob("*")) if f.is_file() and f.name != "SHA256SUMS"]
@@ -647,4 +649,4 @@ def train_all(out: Path, seed: int = 0, num_scenes: int = NUM_SCENES, scale: flo
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Train some of the toy world's frozen networks anew.")
     parser.add_argument("networks", nargs="+", choices=ALL, help="which; each stands on those before it")
-    train_all(toy.NETWORKS, only=parser.parse_args().networks)
+    run_main(lambda: train_all(toy.NETWORKS, only=parser.parse_args().networks))

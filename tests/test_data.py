@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import webdataset as wds
 from torchvision.transforms.v2.functional import adjust_hue
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -127,6 +128,19 @@ def test_tar_cut_between_samples_warns_and_zeros_are_an_error(world):
         data.load_trials(world, SUBJECT)
 
 
+def test_a_tar_of_webdatasets_own_writer(world):
+    """As the release's were written: with the time of day, so with a longer (PAX) header a member."""
+    tar, rows = data.session_tar(world, SUBJECT, "train", 1), np.zeros((40, 17))
+    rows[:, [data.IMAGE, data.BETA]] = np.arange(40)[:, None] + [0, 100]
+    with wds.TarWriter(str(tar)) as writer:
+        for i, row in enumerate(rows):
+            writer.write({"__key__": f"sample{i:09d}", "behav.npy": row[None], "past_behav.npy": np.zeros((15, 17))})
+    assert np.array_equal(data.read_behav(tar), rows)
+    tar.write_bytes(tar.read_bytes()[: tar.stat().st_size * 2 // 3])
+    with pytest.raises(UserError, match=r"1\.tar is cut short or damaged"):
+        data.read_behav(tar)
+
+
 def test_missing_member_and_missing_number(world):
     tar = data.session_tar(world, SUBJECT, "train", 0)
     whole = tar.read_bytes()
@@ -209,7 +223,7 @@ def test_windows_against_brute_force():
     missing = np.full(17, -1.0)
     for i, row in enumerate(table):
         for step in range(1, 16):
-            for window, time, place in ((past, row[5] - step, 15 - step), (future, row[5] + step, step - 1)):
+            for window, time, place in ((past, row[5] - step, step - 1), (future, row[5] + step, step - 1)):
                 neighbour = at.get(int(time))
                 same = neighbour is not None and neighbour[2] == row[2]
                 assert np.array_equal(window[i, place], neighbour if same else missing)

@@ -294,3 +294,13 @@ def test_the_vae_draws_the_same_in_bfloat16():
     one, two = decode_latents(plain, latents), decode_latents(half, encode_latents(half, images))
     assert half.dtype == torch.bfloat16 and (one - images).abs().mean() < .03
     assert 0 < 255 * (one - two).abs().mean() < 1
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--seed", "-1"], "none below 0"), (["--claims", "--seed", "1", "1"], "different numbers"),
+    (["--claims", "--jobs", "0"], "--jobs must be at least 1"), (["--data_path", "."], "has no name of its own")])
+def test_mistakes(tmp_path, monkeypatch, flags, words):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=words):
+        toy.main(flags)
+    assert not any(tmp_path.iterdir())
