@@ -9,6 +9,8 @@ model.Attention calls them on a GPU in half precision. Its plain lines do the sa
 
     torch.ops.mindeye2.attend(q (B, N, H, D), k (B, M, D), v (B, M, D), table (H, far), scale) -> (B, N, H, D), lse
 
+In model.Attention's letters, N is Q, M is N + 1, D is d filled up to a power of two; far is RelPosBias.max_distance.
+
 The queries are the last N of M - 1 positions; key 0 is the null key. All contiguous; D a power of two from 16 on; table
 float32: the bias at distance 0, 1, .., and from far - 1 on. lse (B, H, N) is the logarithm of each row's sum, which the
 backward pass needs. The method is FlashAttention-2's (arXiv 2307.08691): S (BM, BN) are a tile's logits, P = exp(S -
@@ -150,7 +152,7 @@ def _backward_kv(q, k, v, table, d_out, lse, delta, dk, dv, N, M, scale, HEADS: 
     tile_k, tile_v = _rows(k + b * M * D, keys, M, D, D), _rows(v + b * M * D, keys, M, D, D)
     total_k, total_v = tl.zeros([BN, D], tl.float32), tl.zeros([BN, D], tl.float32)
     shift, end_of_queries = M - 1 - N, tl.cdiv(N, BM) * BM
-    # Before `near`, queries that these keys are ahead of.
+    # Queries in order, so _bias's parts run backwards: before `near` the keys are ahead; from `far` on, all are far.
     near = tl.minimum(tl.maximum(first_key + 1 - shift, 0) // BM * BM, end_of_queries)
     far = tl.minimum(tl.cdiv(tl.maximum(first_key + BN + FAR - 2 - shift, 0), BM) * BM, end_of_queries)
     far = tl.maximum(far, near)

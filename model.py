@@ -69,10 +69,11 @@ def run_main(main: Callable[[], object]) -> None:
 # Brain model: ridge (2.1), backbone and its two heads (2.2)
 
 class WideLinear(nn.Linear):
-    """A layer of many weights for few rows, so that reading and writing weights is all its work: 88% of them.
+    """A layer of many weights for few rows: its time goes to reading and writing them.
 
-    Hence it computes in the weights' own precision, whatever autocast says: that would write a copy of them at each
-    step, and another of their gradients. With `exchanges_rows`, several processes exchange rows in place of gradients.
+    Ridge and backbone_linear hold 88% of the weights that learn in pretraining. So they compute in the weights' own
+    precision, whatever autocast says: that would write a copy of them at each step, and another of their gradients.
+    With `exchanges_rows`, several processes exchange rows in place of gradients.
     """
     exchanges_rows = False
 
@@ -344,6 +345,7 @@ def _import_attention() -> bool:
 
 
 def fused(device: torch.device) -> bool:
+    """Whether the prior's attention runs as our Triton kernels: on a GPU, in half precision (attention.py)."""
     return device.type == "cuda" and torch.is_autocast_enabled("cuda") and _import_attention()
 
 
@@ -360,7 +362,7 @@ class Attention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(heads * dim_head, dim, bias=False), LayerNorm(dim))
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], bias: Tensor, last: int | None = None) -> Tensor:
-        """x (B, N, D), rotation from RotaryEmbedding, bias (1, H, N, N + 1) or its table (H, far) -> (B, N, D).
+        """x (B, N, D), rotation from RotaryEmbedding, bias (1, H, N, N + 1) or RelPosBias.table -> (B, N, D).
 
         With `last`, only the last Q = `last` tokens look at all: -> (B, Q, D).
         """
@@ -372,7 +374,7 @@ class Attention(nn.Module):
         null_k, null_v = self.null_kv[:, None, None, None].expand(-1, len(x), 1, 1, -1)        # (B, 1, 1, d) each
         k, v = torch.cat((null_k, k), 2), torch.cat((null_v, v), 2)                            # (B, 1, N + 1, d)
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)  # so a logit is 16 times a cosine
-        if bias.ndim == 2:
+        if bias.ndim == 2:  # a table: our Triton kernels (`fused`)
             half = torch.get_autocast_dtype(q.device.type)
             spare = max(16, 1 << (self.dim_head - 1).bit_length()) - self.dim_head             # to a power of two
             q, k, v = (F.pad(t.to(half), (0, spare)).contiguous() for t in (q.transpose(1, 2), k[:, 0], v[:, 0]))
@@ -706,7 +708,7 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def mixco_nce(
-    preds: Tensor, targs: Tensor, temp: float, perm: Tensor, betas: Tensor, select: Tensor, released: bool = False,
+    preds: Tensor, targs: Tensor, temp: float, perm: Tensor, betas: Tensor, select: Tensor, original: bool = False,
 ) -> Tensor:
     """BiMixCo: a mixed sample must be found beta near its own image and 1 - beta near its partner's.
 
@@ -717,8 +719,8 @@ def mixco_nce(
     betas = torch.where(select, betas.float(), 1.0)  # (B,)
     targets = torch.diag(betas)                      # (B, B)
     # Where perm(i) = i the two masses belong on the same image and add up to 1. The original overwrote the first with
-    # the second (released=True), and such samples were taught the weight 1 - beta.
-    if released:
+    # the second (original=True), and such samples were taught the weight 1 - beta.
+    if original:
         targets[rows, perm] = 1 - betas
     else:
         targets[rows, perm] += 1 - betas

@@ -1,7 +1,8 @@
 """Train MindEye2: pretrain on seven subjects, fine-tune on an eighth, or train on one subject from scratch.
 
-In   {data_path}: betas, session tars and images of each subject (data.py); {cache_dir}: the frozen networks (model.py)
+In   {data_path}: betas, session tars and images of each subject (data.py); {cache_dir}: frozen networks (frozen.py)
 Out  train_logs/{model_name}/last.pth          weights, optimizer, losses: the official layout
+                            /last/             the same by DeepSpeed, in its place
                             /best.pth          weights of the best validation, with --val_sessions
                             /curves.png, samples.png, and a TensorBoard log
 
@@ -117,7 +118,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                    help="cached recolourings of each image for the low-level teacher; 0: a new one each step, as in "
                         "the paper, with the teacher in the loop")
     p.add_argument("--in_memory", action=flag, default=False,
-                   help="read the cached targets into memory first, 0.9 MB an image and process: for a slow disk")
+                   help="read the cached targets into memory first, 1 MB an image and process: for a slow disk")
     p.add_argument("--val_sessions", type=int, default=0,
                    help="sessions after the last training session to validate on and keep best.pth by; 0: none")
     p.add_argument("--gradient_checkpointing", action=flag, default=False,
@@ -163,6 +164,10 @@ def load_data(args: argparse.Namespace) -> SimpleNamespace:
     else:
         subjects, first, count = [args.subj], args.num_sessions, args.num_sessions
     sessions = {s: data.count_sessions(args.data_path, s) for s in subjects}
+    for s in subjects if args.val_sessions else ():
+        if (count or 1) + args.val_sessions > sessions[s]:
+            raise UserError(f"Subject {s} has {sessions[s]} sessions, too few to train on {count or 'any'} and to hold "
+                            f"out --val_sessions={args.val_sessions}: lower it, or --num_sessions.")
     keep = {s: range(count or sessions[s] - args.val_sessions) for s in subjects}
     train = [load_subject(args, s, "train", keep[s]) for s in subjects]
     val = None
@@ -190,7 +195,7 @@ def load_targets(args: argparse.Namespace, accelerator: Accelerator, sets: Simpl
     if args.in_memory:
         for cache in cached.values():
             cache.to_memory(rows)
-    if not args.use_image_aug:  # all that the loop needs is on disk
+    if not args.use_image_aug:  # all that the loop needs is on disk; the VAE stays, for samples.png
         frozen["clip"] = SimpleNamespace(seq_dim=frozen["clip"].seq_dim, emb_dim=frozen["clip"].emb_dim)
         if args.teacher_views:
             frozen.pop("teacher", None)
@@ -205,7 +210,7 @@ def fetch(sets: SimpleNamespace, targets: SimpleNamespace, chosen: list[np.ndarr
     """
     rows = np.concatenate([part.trials.image[picked] for part, picked in zip(sets.train, chosen, strict=True)])  # (B,)
     batch = {"voxels": [part.voxels[picked] for part, picked in zip(sets.train, chosen, strict=True)]}
-    if args.use_image_aug or not args.teacher_views:  # recoloured pictures have no cached targets
+    if args.use_image_aug or args.blurry_recon and not args.teacher_views:  # recoloured pictures have no cached targets
         batch["images"] = targets.images[rows]
     if not args.use_image_aug:
         batch["clip"] = targets.clip[rows]
@@ -222,7 +227,8 @@ def encode(batch: dict, targets: SimpleNamespace, device: torch.device) -> dict:
     batch = {name: x.to(device, non_blocking=True).float() for name, x in batch.items()}
     images, features = batch.pop("images", None), batch.pop("features", None)
     if "clip" not in batch:  # --use_image_aug
-        images = v2.RandomApply([v2.ColorJitter(.4, .4, .4, .1)], .3)(images)
+        recolour = v2.RandomApply([v2.ColorJitter(.4, .4, .4, .1)], .3)
+        images = torch.stack([recolour(image) for image in images])  # one by one: a call draws once
         batch["clip"] = targets.frozen["clip"].tokens(images).float()
         if "vae" in targets.frozen:
             batch["latents"] = encode_latents(targets.frozen["vae"], images).float()
@@ -384,6 +390,7 @@ def save_samples(folder: Path, last: dict, targets: SimpleNamespace) -> None:
 # Before the first step
 # ----------------------------------------------------------------------------------------------------------------------
 def check_args(args: argparse.Namespace) -> None:
+    """Fill in the folders, building the toy world if none is named; raise UserError for flags that do not fit."""
     if args.data_path is None:
         args.data_path = "toy"
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
@@ -392,14 +399,18 @@ def check_args(args: argparse.Namespace) -> None:
     args.cache_dir = args.cache_dir or args.data_path
     if args.multi_subject and args.multisubject_ckpt:
         raise UserError("--multisubject_ckpt starts a fine-tuning: use it with --no-multi_subject.")
-    for name in ("num_epochs", "batch_size", "num_sessions", "ckpt_interval", "gradient_accumulation", "lora_rank"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name}={getattr(args, name)} must be at least 1.")
+    least = dict.fromkeys(("num_epochs", "batch_size", "num_sessions", "ckpt_interval", "gradient_accumulation",
+                           "lora_rank", "hidden_dim", "prior_depth", "prior_dim_head"), 1)
+    for name, low in (least | {"n_blocks": 0, "teacher_views": 0, "val_sessions": 0}).items():
+        if (value := getattr(args, name)) is not None and value < low:
+            raise UserError(f"--{name}={value} must be at least {low}.")
+    if not 0 <= args.mixup_pct <= 1:
+        raise UserError(f"--mixup_pct={args.mixup_pct} must lie in 0..1: it is a share of the epochs.")
+    if (args.prior_dim_head or 0) % 2:
+        raise UserError(f"--prior_dim_head={args.prior_dim_head} must be even: positions turn pairs of channels.")
     if args.optimizer_bits == 8 and os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16":
         raise UserError("--optimizer_bits=8 does not know fp16's loss scaler: leave it out, or launch with "
                         "--mixed_precision=bf16.")
-    if args.teacher_views < 0:
-        raise UserError(f"--teacher_views={args.teacher_views} must be at least 0.")
     if args.finetune != "all" and not args.multisubject_ckpt:
         raise UserError(f"--finetune={args.finetune} keeps the weights of a pretrained model: name it with "
                         "--multisubject_ckpt.")
@@ -415,9 +426,14 @@ def start_accelerator(args: argparse.Namespace, gradient_accumulation: int = 1) 
         trackers.append(WandBTracker(args.wandb_project, name=args.model_name, config=vars(args)))
     half = "bf16" if torch.cuda.is_available() else "no"
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # no second copy of the gradients
-    return Accelerator(mixed_precision=os.environ.get("ACCELERATE_MIXED_PRECISION", half), log_with=trackers,
-                       project_dir=args.train_logs, gradient_accumulation_steps=gradient_accumulation,
-                       kwargs_handlers=[InitProcessGroupKwargs(timeout=processes.PATIENCE), ddp])
+    accelerator = Accelerator(mixed_precision=os.environ.get("ACCELERATE_MIXED_PRECISION", half), log_with=trackers,
+                              project_dir=args.train_logs, gradient_accumulation_steps=gradient_accumulation,
+                              kwargs_handlers=[InitProcessGroupKwargs(timeout=processes.PATIENCE), ddp])
+    if accelerator.gradient_accumulation_steps != gradient_accumulation:  # DeepSpeed's config goes before ours
+        raise UserError("accelerate was launched with gradient_accumulation_steps="
+                        f"{accelerator.gradient_accumulation_steps}, not {gradient_accumulation}: write the number of "
+                        "--gradient_accumulation into the --config_file, too.")
+    return accelerator
 
 
 def exchange_rows(accelerator: Accelerator, model: MindEye2) -> None:
@@ -501,7 +517,7 @@ def build_model(args: argparse.Namespace, sizes: dict, pretrained: dict | None, 
 def in_pieces(optimizer_class, groups: list[dict], most: int = 2**26, **options) -> torch.optim.Optimizer:
     """An optimizer that sees each weight of more than `most` numbers as several, rows of the one.
 
-    For 78% of the model are in one layer, and torchao's AdamW holds a weight's two numbers in 32 bits for a moment.
+    torchao's AdamW holds both numbers of a weight in 32 bits while it works on it, and one layer has 78% of the model.
     """
     whole = [p for group in groups for p in group["params"] if p.numel() > most and p.requires_grad]
     pieces = {p: [torch.nn.Parameter(rows) for rows in p.detach().split(max(1, most // p[0].numel()))] for p in whole}
@@ -562,7 +578,7 @@ def report(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNamesp
     gather_losses(args, accelerator, run)
     logs = {"train/loss": float(np.mean(run.losses[-run.steps:])),
             "train/lr": float(run.scheduler.get_last_lr()[0])}
-    logs |= {f"train/{name}": value.item() for name, value in run.parts.items()}
+    logs |= {f"train/{name}": value.item() for name, value in run.parts.items()}  # of this process's last batch
     if accelerator.is_main_process:
         bare, device = accelerator.unwrap_model(run.model), accelerator.device
         run.last = test(bare, run.sets.test, run.targets, device)
@@ -591,8 +607,8 @@ def gather_losses(args: argparse.Namespace, accelerator: Accelerator, run: Simpl
     """Move this process's run.fresh, tensors, to run.losses: numbers, each the mean of all processes.
 
     This is the one look at the losses an interval: reading each would make a step wait for the GPU. Raises UserError,
-    in every process, that tells which trials the first loss that is no number came of; or that no scale of the losses
-    makes fp16's gradients finite, so that each step is skipped.
+    in every process, if a loss is NaN or infinite (it names the trials of the first such), or if no scale of the
+    losses makes fp16's gradients finite, so that each step is skipped.
     """
     if not run.fresh:
         return
@@ -620,7 +636,7 @@ def gather_losses(args: argparse.Namespace, accelerator: Accelerator, run: Simpl
 # Flags that change none of a run's numbers beyond rounding, and so may change between a kill and going on.
 FREE = {"resume", "train_logs", "data_path", "cache_dir", "multisubject_ckpt", "gradient_checkpointing", "compile",
         "in_memory", "detect_anomaly", "ckpt_interval", "ckpt_saving", "wandb_log", "wandb_project", "hidden_dim",
-        "n_blocks", "prior_depth", "prior_dim_head", "backbone"}  # these five: the model's own
+        "n_blocks", "prior_depth", "prior_dim_head", "backbone", "ridge", "prior"}  # these seven are told by "config"
 
 
 def run_folder(args: argparse.Namespace) -> Path:
@@ -632,21 +648,25 @@ def all_flags(args: argparse.Namespace, accelerator: Accelerator) -> dict:
     return vars(args) | {"num_processes": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision}
 
 
+def spelled(name: str, value: object) -> str:
+    """A flag as one types it."""
+    if value is None or isinstance(value, bool):
+        return {None: f"no --{name}", True: f"--{name}", False: f"--no-{name}"}[value]
+    return f"--{name} {' '.join(map(str, value))}" if isinstance(value, list) else f"--{name}={value}"
+
+
 def refuse_other_flags(path: Path, theirs: dict, ours: dict, free: set[str]) -> None:
     """Raise UserError if the run at `path` had other flags than ours, but for those in `free`."""
     for name, value in theirs.items():
         if name not in free and ours.get(name, value) != value:
-            raise UserError(f"{path} is of a run with --{name}={value}, not {ours[name]}: pass that, or start another "
-                            "with --model_name.")
+            raise UserError(f"{path} is of a run with {spelled(name, value)}, not {ours[name]}: pass that, or start "
+                            "another with --model_name.")
 
 
 def about(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNamespace) -> dict:
     """What a checkpoint says of the run. epoch, counted from 0, is the official name for how far it came."""
-    model = accelerator.unwrap_model(run.model)
-    predicts = model.diffusion_prior.net.predicts if args.use_prior else "target"
     return {"epoch": (run.step - 1) // run.steps, "step": run.step,
-            "config": {"backbone": model.backbone.kind, "prior": predicts},
-            "flags": all_flags(args, accelerator)}
+            "config": run.sizes, "flags": all_flags(args, accelerator)}
 
 
 def save(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNamespace) -> None:
@@ -680,12 +700,17 @@ def resume(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNamesp
     Data order and noise need no saving: they follow from seed, step and process (`step_seed`, data.epoch_batches).
     """
     path, bare = run_folder(args) / "last.pth", accelerator.unwrap_model(run.model)
+    other = path.with_suffix("")  # what a run with DeepSpeed leaves
     if accelerator.state.deepspeed_plugin:
-        path, old = path.with_suffix(""), path.with_name("last.old")
+        path, other, old = other, path, path.with_name("last.old")
         with accelerator.main_process_first():
             if old.exists() and not path.exists():  # killed between two renames
                 old.rename(path)
     if not path.exists():
+        if other.exists():
+            then = "without" if accelerator.state.deepspeed_plugin else "with"
+            raise UserError(f"{other} is of a run {then} DeepSpeed: launch it so again, or leave --resume out to start "
+                            "over.")
         return
     if accelerator.state.deepspeed_plugin:
         with checkpoints.reading(path, "--model_name"):
@@ -694,6 +719,7 @@ def resume(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNamesp
         state = checkpoints.torch_load(path, "--model_name")
     with checkpoints.reading(path, "--model_name"):
         refuse_other_flags(path, state.get("flags", {}), all_flags(args, accelerator), FREE)
+        refuse_other_flags(path, state.get("config", {}), run.sizes, set())
         if not accelerator.state.deepspeed_plugin:
             bare.load_state_dict(state["model_state_dict"])
             run.optimizer.load_state_dict(state["optimizer_state_dict"])
@@ -726,7 +752,7 @@ def step_seed(seed: int, step: int, rank: int) -> int:
 def set_up(args: argparse.Namespace, accelerator: Accelerator, sizes: dict, pretrained: dict | None) -> SimpleNamespace:
     """All that the loop needs: .sets and .targets, .model, .optimizer and .scheduler, .steps of an epoch, and .batches:
     the trials of each step of an epoch. And what it has seen: .step, .losses of each, .fresh (`gather_losses`),
-    .history, .best, .last, .parts.
+    .history, .best, .last test, .parts of the last loss. (`train` adds .bar, processes.noting_sigterm .stop.)
     """
     sets = load_data(args)
     targets = load_targets(args, accelerator, sets)
@@ -748,7 +774,7 @@ def set_up(args: argparse.Namespace, accelerator: Accelerator, sizes: dict, pret
     steps = max(1, steps // whole) * whole
     scheduler = lr_schedule(adamw, args.lr_scheduler_type, args.max_lr, args.num_epochs, steps // whole)
     return SimpleNamespace(
-        sets=sets, targets=targets, model=model, optimizer=optimizer, scheduler=scheduler, steps=steps,
+        sizes=sizes, sets=sets, targets=targets, model=model, optimizer=optimizer, scheduler=scheduler, steps=steps,
         batches=lambda epoch, process=rank: data.epoch_batches(trials, share, steps, args.seed, epoch, process, world,
                                                                args.gather_negatives),
         step=0, losses=[], fresh=[], history={}, best=-math.inf, last={}, parts={})
@@ -763,8 +789,9 @@ def train_epoch(args: argparse.Namespace, accelerator: Accelerator, run: SimpleN
     for batch in data.prefetch(fetched, device, pin=True):
         torch.manual_seed(step_seed(args.seed, run.step, accelerator.process_index))
         batch = encode(batch, run.targets, device)
-        with accelerator.accumulate(run.model):  # processes exchange gradients, and the optimizer steps, only after
-            run.parts = step_losses(args, accelerator, run.model, batch, mixing, temp)  # the last batch of a step
+        # Within --gradient_accumulation, DDP exchanges gradients, and the optimizer steps, after the last batch only.
+        with accelerator.accumulate(run.model):
+            run.parts = step_losses(args, accelerator, run.model, batch, mixing, temp)
             loss = sum(run.parts.values())
             accelerator.backward(loss)
             run.optimizer.step()
@@ -799,6 +826,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, sizes: dict, pretr
     if args.resume:
         resume(args, accelerator, run)
     mixco_epochs = int(args.mixup_pct * args.num_epochs)
+    # SoftCLIP's; BiMixCo's is fixed (`contrast`), so the zeros are never read.
     temps = [0.] * mixco_epochs + networks.cosine_anneal(.004, .0075, args.num_epochs - mixco_epochs).tolist()
     accelerator.init_trackers(args.model_name)
     run.bar = tqdm(total=args.num_epochs * run.steps, initial=run.step, desc=args.model_name,

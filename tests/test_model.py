@@ -315,12 +315,12 @@ def test_losses():
         assert error(m.mixco_nce(preds, targs, temp, *mix), g[f"mixco_nce_t{temp}"]) < 1e-5
     fixed = (g["perm_fixed_point"], g["betas"], g["select"])
     expected = g["mixco_nce_fixed_point_t0.1"]
-    assert error(m.mixco_nce(preds, targs, 0.1, *fixed, released=True), expected) < 1e-5
+    assert error(m.mixco_nce(preds, targs, 0.1, *fixed, original=True), expected) < 1e-5
     assert abs(m.mixco_nce(preds, targs, 0.1, *fixed) - expected) > 0.01  # ours keeps the target's mass at 1
     concat = g["perm_two_subjects_concat"]
     offset = concat + torch.tensor([0, 0, 0, 0, 4, 4, 4, 4])
     for perm, key in ((concat, "original"), (offset, "offset")):
-        nce = m.mixco_nce(preds, targs, 0.1, perm, g["betas"], g["select"], released=True)
+        nce = m.mixco_nce(preds, targs, 0.1, perm, g["betas"], g["select"], original=True)
         assert error(nce, g[f"mixco_nce_two_subjects_{key}_t0.1"]) < 1e-5
     for temp in (0.2, 0.125):
         loss = m.soft_contrastive_loss(g["student"], g["teacher"], g["teacher_aug"], temp)

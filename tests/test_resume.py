@@ -151,6 +151,29 @@ def test_another_run_is_not_gone_on_with(smoke_world, tmp_path, flag, named):
         run(smoke_world, tmp_path, "--model_name=a", "--num_epochs=1", flag, "--resume", *SMALL)
 
 
+def test_another_network_is_not_gone_on_with(smoke_world, tmp_path):
+    """Both backbones have weights of the same names and shapes: only the checkpoint's config can tell."""
+    run(smoke_world, tmp_path, "--model_name=a", "--num_epochs=1", "--backbone=mlp", *SMALL)
+    with pytest.raises(UserError, match="last.pth is of a run with --backbone=mlp, not released"):
+        run(smoke_world, tmp_path, "--model_name=a", "--num_epochs=1", "--resume", *SMALL)
+    with pytest.raises(UserError, match="last.pth is of a run with --hidden_dim=32, not 48"):
+        run(smoke_world, tmp_path, "--model_name=a", "--num_epochs=1", "--resume", "--backbone=mlp", *SMALL,
+            "--hidden_dim=48")
+
+
+def test_a_run_with_deepspeed_is_not_started_over_without(smoke_world, tmp_path):
+    folder = tmp_path / "train_logs/a/last"
+    folder.mkdir(parents=True)
+    with pytest.raises(UserError, match="last is of a run with DeepSpeed: launch it so again, or leave --resume out"):
+        run(smoke_world, tmp_path, "--model_name=a", "--resume", *SMALL)
+    assert [path.name for path in folder.parent.iterdir() if "tfevents" not in path.name] == ["last"]
+
+
+def test_flags_are_named_as_one_types_them():
+    assert [train.spelled("a", x) for x in (2, True, False, None, [2, 5])] == [
+        "--a=2", "--a", "--no-a", "no --a", "--a 2 5"]
+
+
 def test_a_bad_loss_names_its_trials(smoke_world, tmp_path, monkeypatch):
     chosen, losses = [], train.step_losses
 

@@ -130,7 +130,7 @@ def test_without_prior_and_blurry_head(smoke_world, tmp_path):
                   *SMALL)
     assert "test/loss_prior" not in history and 0 <= history["test/image_retrieval"][-1][1] <= 1
     checkpoint = checkpoints.load_checkpoint(tmp_path / "train_logs" / "a")
-    assert checkpoint["config"] == {"backbone": "mlp", "prior": "target"}
+    assert checkpoint["config"]["backbone"] == "mlp" and checkpoint["config"]["prior"] == "target"
     assert not any(key.startswith(("diffusion_prior", "backbone.blin1")) for key in checkpoint["model_state_dict"])
 
 
@@ -294,6 +294,12 @@ def test_damaged_files(world_copy, tmp_path, damage):
     (["--num_sessions=9"], ["--num_sessions", "2"]),
     (["--num_epochs=0"], ["--num_epochs"]),
     (["--teacher_views=-1"], ["--teacher_views"]),
+    (["--mixup_pct=33"], ["--mixup_pct=33", "0..1"]),
+    (["--prior_depth=0"], ["--prior_depth=0", "at least 1"]),
+    (["--prior_dim_head=7"], ["--prior_dim_head=7", "even"]),
+    (["--val_sessions=-1"], ["--val_sessions=-1", "at least 0"]),
+    (["--num_sessions=2", "--val_sessions=1"], ["has 2 sessions", "--val_sessions=1"]),
+    (["--multi_subject", "--val_sessions=2"], ["has 2 sessions", "--val_sessions=2"]),
     (["--multi_subject", "--multisubject_ckpt={}"], ["--multisubject_ckpt", "--no-multi_subject"]),
     (["--multisubject_ckpt={}", "--hidden_dim=48"], ["train_logs/pretrained", "--hidden_dim=32", "48"]),
     (["--multisubject_ckpt=nowhere/x"], ["nowhere/x", "--multisubject_ckpt"]),
@@ -304,6 +310,23 @@ def test_wrong_flags(smoke_world, pretrained, tmp_path, flags, words):
         run(smoke_world, tmp_path, "--model_name=a", *flags)
     assert all(word in str(error.value) for word in words), error.value
     assert not (tmp_path / "train_logs").exists()
+
+
+def test_another_gradient_accumulation_of_the_launcher_is_refused(smoke_world, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")  # as a DeepSpeed config sets it
+    with pytest.raises(UserError, match="gradient_accumulation_steps=1, not 3: .*--config_file"):
+        run(smoke_world, tmp_path, "--gradient_accumulation=3", *SMALL)
+
+
+def test_each_picture_is_recoloured_for_itself():
+    class Eye(SimpleNamespace):
+        def tokens(self, images):
+            return images
+    images = torch.rand(1, 3, 8, 8).expand(64, -1, -1, -1)
+    torch.manual_seed(0)
+    seen = train.encode({"voxels": [], "images": images}, SimpleNamespace(frozen={"clip": Eye()}), "cpu")["clip"]
+    changed = (seen - images).flatten(1).abs().amax(1) > 1e-6
+    assert 8 <= changed.sum() <= 32 and len(seen[changed].unique(dim=0)) == changed.sum()  # .3 of them, each its way
 
 
 # ---- as a user starts it
@@ -344,7 +367,7 @@ train.main(sys.argv[1:])
                       f"--data_path={smoke_world}", f"--model_name={name}", "--resume", *flags, **own)
         assert done.returncode == code, done.stderr[-2000:]
     whole, cut = (checkpoints.load_checkpoint(tmp_path / "train_logs" / name) for name in ("whole", "cut"))
-    assert whole["config"] == {"backbone": "mlp", "prior": "target"}
+    assert whole["config"]["backbone"] == "mlp" and whole["config"]["prior"] == "target"
     assert all(torch.equal(x, cut["model_state_dict"][name]) for name, x in whole["model_state_dict"].items())
     assert sorted(path.name for path in (tmp_path / "train_logs/cut").iterdir() if "tfevents" not in path.name) == [
         "curves.png", "last", "samples.png", "zero_to_fp32.py", "zero_to_torch.py"]  # the last two are DeepSpeed's
@@ -394,7 +417,7 @@ def test_targets_in_memory_are_those_of_the_disk(smoke_world, tmp_path, monkeypa
     monkeypatch.setattr(data.TargetCache, "to_memory", lambda cache, rows: read.append(cache.name) or load(cache, rows))
     assert run(smoke_world, tmp_path, "--model_name=b", "--num_epochs=1", "--in_memory", *SMALL) == disk
     assert read == ["clip", "vae", "teacher"]
-    monkeypatch.setattr(os, "sysconf", lambda name: 1)
+    monkeypatch.setattr(data.psutil, "virtual_memory", lambda: SimpleNamespace(available=1))
     with pytest.raises(UserError, match="takes .* bytes of memory, 1 are free: leave out --in_memory"):
         run(smoke_world, tmp_path, "--model_name=b", "--num_epochs=1", "--in_memory", *SMALL)
 

@@ -97,7 +97,7 @@ def test_the_originals_mixing():
     assert sorted(mix.perm[3:].tolist()) == [3, 4, 5] and sorted(wrong.perm[3:].tolist()) == [0, 1, 2]
     assert torch.equal(mix.betas, wrong.betas) and (wrong.betas < 1).any()
     brain, image = (F.normalize(batch[name].flatten(1), dim=-1) for name in ("clip_voxels", "clip"))
-    expected = m.mixco_nce(brain, image, .006, wrong.perm, wrong.betas, wrong.select, released=True)
+    expected = m.mixco_nce(brain, image, .006, wrong.perm, wrong.betas, wrong.select, original=True)
     assert original["clip"].item() == pytest.approx(expected.item()) != right["clip"].item()
     unmixed = train.low_level(batch, batch, None)
     assert original["lowlevel"].item() == pytest.approx(unmixed.item()) != right["lowlevel"].item()

@@ -19,7 +19,7 @@
 set -euo pipefail
 
 DATA=${DATA:-$PWD/nsd}
-PRETRAINED=${PRETRAINED:-multisubject}  # train_logs/${PRETRAINED}_subj0N without N; what it is called by pretrain.sh
+PRETRAINED=${PRETRAINED:-multisubject}  # starts from train_logs/${PRETRAINED}_subj0N, which pretrain.sh makes
 SUBJECTS=(1 2 5 7) SESSIONS=(1 40)
 SUBJ=${SUBJECTS[SLURM_ARRAY_TASK_ID % 4]}
 SESS=${SESSIONS[SLURM_ARRAY_TASK_ID / 4]}
