@@ -68,8 +68,8 @@ from metrics import CAPTIONS, PICTURES, REGIONS, ROWS
 from model import UserError, run_main
 
 NSD_IMAGES = (73000, 224)  # number and side of the pictures in NSD's file: others are of another dataset
-VISION = {"alexnet": ("alex2", "alex5"), "inception": ("inception",), "clip_l": ("clip_l",),
-          "efficientnet": ("efficientnet",), "swav": ("swav",)}  # judge: its rows
+JUDGE_ROWS = {"alexnet": ("alex2", "alex5"), "inception": ("inception",), "clip_l": ("clip_l",),
+              "efficientnet": ("efficientnet",), "swav": ("swav",)}
 MADE_BY = {"blurryrecons": "recon.py --blurry_recon", "enhancedrecons": "refine.py",
            "predcaptions": "recon.py --captions"}  # optional file: the stage that writes it
 
@@ -103,9 +103,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not 0 <= args.blend <= 1:
         raise UserError(f"--blend must be between 0 and 1, not {args.blend}.")
-    for name in ("batch_size", "num_images"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}.")
+    for name, low in {"batch_size": 1, "num_images": 1, "seed": 0}.items():
+        if getattr(args, name) is not None and getattr(args, name) < low:
+            raise UserError(f"--{name} must be at least {low}, not {getattr(args, name)}.")
     args.cache_dir = args.cache_dir or args.data_path
     return args
 
@@ -115,8 +115,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def output(args: argparse.Namespace, name: str) -> Path:
     """Where a file of the model is, name = "all_recons.pt" or another; --all_recons_path takes one's place."""
-    if args.all_recons_path and name == f"all_{'enhanced' * ('enhancedrecons' in args.all_recons_path)}recons.pt":
-        return Path(args.all_recons_path)
+    if args.all_recons_path:
+        judged = "all_enhancedrecons.pt" if "enhancedrecons" in Path(args.all_recons_path).name else "all_recons.pt"
+        if name == judged:
+            return Path(args.all_recons_path)
     return Path(args.evals) / args.model_name / f"{args.model_name}_{name}"
 
 
@@ -195,7 +197,9 @@ def read_pictures(args: argparse.Namespace, rows: np.ndarray) -> tuple[SimpleNam
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The scores: result.scores {row: (n,)}, result.judges {row: by what}, result.values {row: where it is not the mean}
+# The scores. result.scores {row: (n,)}; .judges {row: who judged}; .values {row: the number to print, if not the mean};
+# .missing [{titles, rows, reason}]; .images = n; .image_rows, a hash of which; .clip_images (n, S, D); .unlike: of what
+# the paper's numbers are, if not of these very images ("another dataset", "all 1000 images"), else "".
 
 def skip(result: SimpleNamespace, rows: list[str], reason: object) -> None:
     titles = list(dict.fromkeys(ROWS[row][0] for row in rows))
@@ -217,8 +221,8 @@ def score_pixels(args: argparse.Namespace, result: SimpleNamespace, seen: Simple
 
 
 def score_features(args: argparse.Namespace, result: SimpleNamespace, seen: SimpleNamespace, pictures: dict) -> None:
-    """Tables 1: does a judge see in the reconstruction what it sees in the image?"""
-    for judge, rows in VISION.items():
+    """Table 1: does a judge see in the reconstruction what it sees in the image?"""
+    for judge, rows in JUDGE_ROWS.items():
         try:
             heard = hear(args, judge, partial(judges.load_vision, judge, args.cache_dir, args.device),
                          lambda network, x: network.features(x, antialias=args.antialias), {"seen": seen, **pictures})
@@ -356,7 +360,8 @@ def evaluate(args: argparse.Namespace) -> SimpleNamespace:
     voxels = read(args, "clipvoxels", len(rows))
     seen, pictures = read_pictures(args, rows)
     check_references(args, total, len(rows))
-    result = SimpleNamespace(scores={}, judges={}, values={}, missing=[], images=len(rows), unlike="")
+    result = SimpleNamespace(scores={}, judges={}, values={}, missing=[], images=len(rows),
+                             image_rows=digest(rows.tolist()), unlike="")
     images = Images(args.data_path)
     if (len(images), images.size) != NSD_IMAGES:
         result.unlike = "another dataset"
@@ -409,9 +414,9 @@ def write(args: argparse.Namespace, argv: list[str], result: SimpleNamespace, ro
     """{model}_scores.pt, {model}_metrics.json and the .csv file."""
     save(output(args, "scores.pt"), {row["key"]: result.scores[row["key"]].float() for row in rows})
     record = {"model": args.model_name, "subject": args.subj, "images": result.images,
-              "command": f"python evaluate.py {shlex.join(argv)}", "versions": versions(), "commit": commit(),
-              "antialias": args.antialias, "blend": args.blend, "paper_unlike": result.unlike,
-              "rows": rows, "missing": result.missing}
+              "image_rows": result.image_rows, "command": f"python evaluate.py {shlex.join(argv)}",
+              "versions": versions(), "commit": commit(), "antialias": args.antialias, "blend": args.blend,
+              "paper_unlike": result.unlike, "rows": rows, "missing": result.missing}
     with replacing(output(args, "metrics.json")) as temporary:
         temporary.write_text(json.dumps(record, indent=1) + "\n")
     where = result.unlike or f"subject {args.subj}"
@@ -462,16 +467,19 @@ def print_table(args: argparse.Namespace, result: SimpleNamespace, rows: list[di
 
 def compare(args: argparse.Namespace) -> dict[str, float]:
     """--compare: the mean difference A - B of every row that both models have, by images. Raises UserError."""
-    scores = []
+    scores, image_rows = [], set()
     for name in args.compare:
         path = Path(args.evals) / name / f"{name}_scores.pt"
         if not path.exists():
             raise UserError(f"{path} does not exist: run evaluate.py --model_name {name} first.")
         scores.append(load_scores(path, f"run evaluate.py --model_name {name} again."))
+        record = path.with_name(f"{name}_metrics.json")
+        with reading(record, f"--compare, or run evaluate.py --model_name {name} again"):
+            image_rows.add(json.loads(record.read_text()).get("image_rows"))
     a, b = scores
     shared = [key for key in ROWS if key in a and key in b]
     counts = {len(x[key]) for x in scores for key in shared}
-    if len(counts) != 1:
+    if len(counts) != 1 or len(image_rows - {None}) > 1:  # None: written before they were noted
         raise UserError(f"{' and '.join(args.compare)} were evaluated on different images, or share no row: evaluate "
                         "both with the same --num_images and --new_test.")
     print(f"A = {args.compare[0]}, B = {args.compare[1]}, {counts.pop()} images\n"
@@ -499,7 +507,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     write(args, argv, result, rows)
     print_table(args, result, rows)
     print(f"wrote {output(args, 'metrics.json')}, {output(args, 'scores.pt')} and {table_file(args)}")
-    if args.report:
+    if args.report and args.all_recons_path:
+        print("wrote no report: it would show the model's own pictures beside the numbers of --all_recons_path.")
+    elif args.report:
         from report import write_report  # only here, for it draws with libraries that the numbers do not need
         print("wrote", write_report(args.model_name, Path(args.evals), Path(args.tables), Path(args.data_path),
                                     Path(args.cache_dir), args.subj, args.new_test, Path(args.train_logs),

@@ -6,7 +6,7 @@
                     /{model}/{set}/{metric}-{hash}.pt    (n,) scores
 
 The hash is of the network's files (place, size, time of change) and of the pictures themselves: what was kept of
-another network or other pictures is never used. All of it may be deleted at any time.
+another network in --cache_dir, or of other pictures, is never used. All of it may be deleted at any time.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from files import replacing, save
 from model import UserError
 
 VERSION = 1  # part of every hash: raise it when the code that makes features or scores changes
-NO_NETWORKS = {"evals", "train_logs", "targets", "wds", "tables", ".git", ".venv"}  # folders without any, beside them
+NO_NETWORKS = {"evals", "train_logs", "targets", "wds", "tables", ".git", ".venv"}  # may lie beside them, and hold none
 
 
 def digest(*parts: object) -> str:
@@ -46,7 +46,7 @@ def file_stamp(path: Path) -> tuple:
 
 
 def folder_stamp(folder: str | Path, leave_out: Path) -> str:
-    """Another whenever a file in the networks' folder, down to four levels, is another; leave_out is not looked at."""
+    """A hash of the files in the networks' folder, four levels deep, so that any change shows; without leave_out."""
     entries = []
     for place, folders, files in os.walk(folder, followlinks=True):
         deep = len(Path(place).relative_to(folder).parts) >= 4

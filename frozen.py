@@ -38,7 +38,7 @@ from files import is_disk_full, replacing_folder
 from model import UserError
 
 
-def _frozen(network: nn.Module, device: str | torch.device, dtype: torch.dtype = torch.float32) -> nn.Module:
+def for_inference(network: nn.Module, device: str | torch.device, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Ready for inference. (nn.Module's own `to`: diffusers' prints a warning that means nothing here.)"""
     return nn.Module.to(network.eval().requires_grad_(False), device, dtype)
 
@@ -109,7 +109,8 @@ def clip_preprocess(images: Tensor, size: int, washed_out: bool = True) -> Tenso
     """What CLIP gets to see: (B, 3, H, W) in [0, 1] -> (B, 3, size, size), resized bicubically and normalised.
 
     The original's encoder expects [-1, 1] and maps x to (x + 1) / 2, but is given [0, 1]: it sees washed-out pictures
-    in [.5, 1]. All released MindEye2 models learned the tokens of those, so it is kept; the released decoder's did not.
+    in [.5, 1]. All released MindEye2 models learned the tokens of those, so it is kept. The released decoder alone
+    learned from pictures as they are: washed_out=False.
     """
     if images.shape[-2:] != (size, size):
         images = F.interpolate(images, (size, size), mode="bicubic", align_corners=True)
@@ -163,7 +164,7 @@ def load_clip(cache_dir: str | Path, device: str | torch.device, dtype: torch.dt
     with reading(place, "--cache_dir", must_exist=False):
         clip = open_clip.create_model(name, pretrained=weights, cache_dir=str(cache_dir), require_pretrained=True)
         tokenizer = open_clip.get_tokenizer(name, cache_dir=str(cache_dir))
-    return _frozen(FrozenCLIP(clip, tokenizer), device, dtype)
+    return for_inference(FrozenCLIP(clip, tokenizer), device, dtype)
 
 
 VAE_FILE = "sd_image_var_autoenc.pth"
@@ -176,7 +177,7 @@ SD_VAE = {  # Stable Diffusion 1's, 83.7 million parameters
 def read_vae(folder: Path, flag: str) -> AutoencoderKL:
     """A VAE from a folder in diffusers' layout, on the CPU, for inference. Raises UserError, which names `flag`."""
     with reading(folder, flag):
-        return _frozen(AutoencoderKL.from_pretrained(folder, local_files_only=True), "cpu")
+        return for_inference(AutoencoderKL.from_pretrained(folder, local_files_only=True), "cpu")
 
 
 def load_vae(cache_dir: str | Path, device: str | torch.device, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
@@ -186,7 +187,7 @@ def load_vae(cache_dir: str | Path, device: str | torch.device, dtype: torch.dty
     """
     folder, file = Path(cache_dir) / "vae", Path(cache_dir) / VAE_FILE
     if folder.exists():
-        return _frozen(read_vae(folder, "--cache_dir"), device, dtype)
+        return for_inference(read_vae(folder, "--cache_dir"), device, dtype)
     state = torch_load(file, "--cache_dir")
     # The file is older than today's names of the attention's four linear layers.
     renames = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
@@ -195,7 +196,7 @@ def load_vae(cache_dir: str | Path, device: str | torch.device, dtype: torch.dty
     vae = AutoencoderKL(**SD_VAE)
     with reading(file, "--cache_dir"):
         vae.load_state_dict(state)
-    return _frozen(vae, device, dtype)
+    return for_inference(vae, device, dtype)
 
 
 @torch.no_grad()
@@ -277,8 +278,10 @@ def load_teacher(cache_dir: str | Path, device: str | torch.device,
     folder, file = Path(cache_dir) / "teacher", Path(cache_dir) / "convnext_xlarge_alpha0.75_fullckpt.pth"
     if folder.exists():
         with reading(folder, "--cache_dir"):
-            network = ConvNextModel.from_pretrained(folder, local_files_only=True)
-        return _frozen(FrozenTeacher(network), device, dtype)
+            network, report = ConvNextModel.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+            if report["missing_keys"]:  # the library would go on with random numbers for it
+                raise KeyError(f"no {min(report['missing_keys'])}")
+        return for_inference(FrozenTeacher(network), device, dtype)
     state = torch_load(file, "--cache_dir")
     state = {name.removeprefix("module."): value for name, value in state.get("model", state).items()}
     with torch.device("meta"):
@@ -287,7 +290,7 @@ def load_teacher(cache_dir: str | Path, device: str | torch.device,
     with reading(file, "--cache_dir"):
         own = {name: state[name] for name in network.state_dict()}
         network.load_state_dict(own, assign=True)
-    return _frozen(FrozenTeacher(network), device, dtype)
+    return for_inference(FrozenTeacher(network), device, dtype)
 
 
 UNCLIP_FILE = "unclip6_epoch0_step110000.ckpt"
@@ -392,7 +395,7 @@ def _write_weights(checkpoint: Path, folder: Path, plan: UnclipPlan, dtype: torc
     (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def noise_levels(scheduler) -> Tensor:
+def training_sigmas(scheduler) -> Tensor:
     """sigma of each of a diffusers scheduler's timesteps (1000,): the noise's deviation when the picture's own is 1."""
     kept = scheduler.alphas_cumprod.double()  # share of the variance that is still the picture's
     return ((1 - kept) / kept).sqrt()
@@ -400,7 +403,7 @@ def noise_levels(scheduler) -> Tensor:
 
 def _check_noise_levels(state: dict[str, Tensor], scheduler: EulerDiscreteScheduler, file: Path) -> None:
     """Raise UserError unless the network was trained with the scheduler's own noise levels (1000,)."""
-    levels = noise_levels(scheduler)
+    levels = training_sigmas(scheduler)
     sigmas = state.get("denoiser.sigmas", torch.empty(0))
     if sigmas.shape != levels.shape or not torch.allclose(sigmas.to(levels), levels, rtol=1e-3):
         raise _not_unclip(file, "its denoiser.sigmas are missing or others")
@@ -466,25 +469,26 @@ def load_unclip(folder: str | Path, device: str | torch.device, dtype: torch.dty
         index = json.loads(index_file.read_text()) if index_file.exists() else {}
         unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype, local_files_only=True)
         vae = AutoencoderKL.from_pretrained(folder / "vae", local_files_only=True)
+        unet = for_inference(unet, device, dtype)  # fails where a weight was missing
+        vae = for_inference(vae, device, torch.float32 if dtype == torch.float16 else dtype)
         scheduler = getattr(diffusers, scheduler_config["_class_name"]).from_config(scheduler_config)
     # The released decoder saw pictures in [-1, 1] as they are, the prior's targets are of washed-out ones
     # (see `clip_preprocess`): the authors' .8 x + .2, found by hand, presumably makes up for it.
     return SimpleNamespace(
-        unet=_frozen(unet, device, dtype), scheduler=scheduler,
-        vae=_frozen(vae, device, torch.float32 if dtype == torch.float16 else dtype),
+        unet=unet, vae=vae, scheduler=scheduler,
         output_scale=index.get("output_scale", 0.8), output_shift=index.get("output_shift", 0.2),
     )
 
 
 def size_vector(numbers: Tensor, dim: int) -> Tensor:
-    """SDXL's size-and-crop conditioning as one vector (B, dim), of numbers (B, 4): height, width, crop's top and left.
+    """SDXL's conditioning on sizes as one vector (B, dim), of n numbers (B, n): height, width, crop's top and left.
 
-    Each number v becomes [cos(v f) | sin(v f)], with dim / 8 frequencies f from 1 down towards 1/10000.
+    Each number v becomes [cos(v f) | sin(v f)], with dim / 2n frequencies f from 1 down towards 1/10000.
     """
     count = dim // (2 * numbers.shape[1])
-    frequencies = torch.exp(-math.log(10000) * torch.arange(count, device=numbers.device) / count)  # (dim / 8,)
-    angles = numbers.float()[..., None] * frequencies           # (B, 4, dim / 8)
-    return torch.cat((angles.cos(), angles.sin()), -1).flatten(1)  # (B, dim)
+    frequencies = torch.exp(-math.log(10000) * torch.arange(count, device=numbers.device) / count)  # (dim / 2n,)
+    angles = numbers.float()[..., None] * frequencies                                               # (B, n, dim / 2n)
+    return torch.cat((angles.cos(), angles.sin()), -1).flatten(1)                                   # (B, dim)
 
 
 def unclip_vector(dim: int, size: int) -> Tensor:
@@ -530,7 +534,7 @@ class Captioner(nn.Module):
 
     @torch.no_grad()
     def caption(self, tokens: Tensor, max_length: int = 20) -> list[str]:
-        """The likeliest next word, again and again (greedy), up to max_length words: (B, S, D) -> B sentences."""
+        """The likeliest next word, again and again (greedy): (B, S, D) -> B sentences. max_length counts the start."""
         image = self.converter(tokens.to(self.converter.linear1.weight))[:, None]  # (B, 1, 257, 1024)
         config = self.git.config
         words = torch.full((len(image), 1), config.bos_token_id, device=image.device)  # (B, 1)
@@ -560,7 +564,7 @@ def load_captioner(cache_dir: str | Path, device: str | torch.device, dtype: tor
     with reading(folder, "--cache_dir, or pass --no-captions", must_exist=False):
         git = GitForCausalLM.from_pretrained(name, **place)
         tokenizer = AutoTokenizer.from_pretrained(name, **place)
-    return _frozen(Captioner(git, converter, tokenizer), device, dtype)
+    return for_inference(Captioner(git, converter, tokenizer), device, dtype)
 
 
 def check_files(cache_dir: str | Path, vae: bool, captioner: bool) -> None:
@@ -570,5 +574,6 @@ def check_files(cache_dir: str | Path, vae: bool, captioner: bool) -> None:
     wanted |= {"--no-captions": (CONVERTER_FILE,)} if captioner else {}
     for flag, names in wanted.items():
         if not any((cache_dir / name).exists() for name in names):
-            places = " nor ".join(str(cache_dir / name) for name in names)
-            raise UserError(f"{places} does not exist: put it there, name another --cache_dir, or pass {flag}.")
+            places = " does not exist, nor does ".join(str(cache_dir / name) for name in names)
+            missing = places if len(names) > 1 else f"{places} does not exist"
+            raise UserError(f"{missing}: put it there, name another --cache_dir, or pass {flag}.")

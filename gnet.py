@@ -87,8 +87,8 @@ class Trunk(nn.Module):
         c5b = self.enc["conv5b"](c5a)
         c6a = self.enc["conv6a"](c5b)
         c6b = self.enc["conv6b"](c6a)                                       # (B, 64, 13, 13)
-        c4a, c4b, c5a, c5b, c6a = (c[:, :self.read] for c in (c4a, c4b, c5a, c5b, c6a))
-        groups = torch.cat([c3, c4a, c4b], 1), torch.cat([c5a, c5b, c6a, c6b], 1)
+        c4a, c4b, c5a, c5b, c6a = (c[:, :self.read] for c in (c4a, c4b, c5a, c5b, c6a))  # (B, 64, ..) each
+        groups = torch.cat([c3, c4a, c4b], 1), torch.cat([c5a, c5b, c6a, c6b], 1)        # 256 channels each
         return [signed_log(group.flatten(2)) for group in groups]
 
 
@@ -157,7 +157,8 @@ def load_gnet(cache_dir: str | Path, subject: int, device: str | torch.device) -
     readout = fwrfs[subject]
 
     widths = [_rows(enc.get(key), width) for key, width in WIDTHS.items()]
-    trunk, voxels, num_features = Trunk(*widths), _rows(readout.get("b"), 1), widths[2] + 6 * widths[4]  # .., V, 512
+    trunk, voxels = Trunk(*widths), _rows(readout.get("b"), 1)
+    num_features = widths[2] + 6 * widths[4]  # 512: all of conv3's channels, and `read` of each of the six after it
     _match(enc, {key: tuple(x.shape) for key, x in trunk.state_dict().items()}, "best_params.enc", file)
     shapes = {"b": (voxels,), "w": (voxels, num_features), "rf0": (voxels, 25, 25), "rf1": (voxels, 13, 13)}
     _match(readout, shapes, f"best_params.fwrfs[{subject}]", file)

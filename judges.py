@@ -51,7 +51,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Missing(Exception):
-    """A judge is not there; the text is one sentence that says which file brings it, and where to put it."""
+    """A judge, or a file of captions, is not there; the text is one sentence: which file brings it, and where to."""
 
 
 def view(images: Tensor, size: int, mean: tuple, std: tuple, antialias: bool = False) -> Tensor:
@@ -135,7 +135,7 @@ def fit(network: nn.Module, shapes: dict[str, torch.Size]) -> None:
         if len(shape) != layer.weight.ndim or shape[2:] != layer.weight.shape[2:]:
             raise ValueError(f"{name}.weight is {tuple(shape)}, {tuple(layer.weight.shape)} when published")
         if isinstance(layer, nn.Conv2d):
-            groups = 1 if layer.groups == 1 else shape[0]  # more than one are as many as channels, in all four
+            groups = 1 if layer.groups == 1 else shape[0]  # else depthwise, in all four: a group a channel
             new = nn.Conv2d(shape[1] * groups, shape[0], layer.kernel_size, layer.stride, layer.padding,
                             groups=groups, bias=layer.bias is not None, device=layer.weight.device)
         else:
@@ -169,7 +169,8 @@ def _read_weights(file: Path, heads: tuple[str, ...]) -> dict[str, Tensor]:
 def load_convolutional(name: str, cache_dir: str | Path, device: str | torch.device) -> tuple[nn.Module, str, Path]:
     """One of VISION, cut after the last part that is read: (B, 3, size, size), normalised -> {name: maps}.
 
-    Also what it is, and its file. Raises Missing, or UserError when the file is damaged or another network's.
+    Returns it, its description for the table, and its file. Raises Missing, or UserError when the file is damaged or
+    another network's.
     """
     judge, file = VISION[name], find_file(name, cache_dir)
     with torch.device("meta"):
@@ -223,7 +224,7 @@ def _files(folder: Path) -> list[Path]:
     return sorted(file for file in folder.rglob("*") if file.is_file())
 
 
-def load_clip(name: str, cache_dir: str | Path, device: str | torch.device) -> SimpleNamespace:
+def load_openai_clip(name: str, cache_dir: str | Path, device: str | torch.device) -> SimpleNamespace:
     """One of CLIPS -> .network, .tokenizer, .description, .files. Raises Missing or UserError."""
     clip, folder = CLIPS[name], Path(cache_dir) / CLIPS[name].folder
     if folder.exists():
@@ -293,7 +294,7 @@ def load_vision(name: str, cache_dir: str | Path, device: str | torch.device) ->
         network, description, file = load_convolutional(name, cache_dir, device)
         spread, size, files = (IMAGENET_MEAN, IMAGENET_STD), VISION[name].size, [file]
     else:
-        clip = load_clip(name, cache_dir, device)
+        clip = load_openai_clip(name, cache_dir, device)
         spread, size = (CLIP_MEAN, CLIP_STD), clip.network.visual.image_size[0]  # 224; a stand-in may see less
         description, files = clip.description, clip.files
 
@@ -325,7 +326,7 @@ def load_text(name: str, cache_dir: str | Path, device: str | torch.device) -> S
     .embed(n texts) -> (n, E) float32 of unit length, on the CPU: the cosine of two captions is their dot product.
     .description and .files as of `load_vision`. Raises Missing, or UserError.
     """
-    judge = load_sentence(cache_dir, device) if name == "sentence" else load_clip(name, cache_dir, device)
+    judge = load_sentence(cache_dir, device) if name == "sentence" else load_openai_clip(name, cache_dir, device)
     if name == "sentence":
         embed_batch = judge.embed
     else:

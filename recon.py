@@ -11,7 +11,8 @@ where it stopped, and any number of processes can share the work.
 
     in    train_logs/{model_name}/last.pth                          written by train.py, or the release's
           {data_path}/wds, betas, images (masks for --stimulate)    see data.py
-          {cache_dir}/unclip, vae, git, bigG_to_L_epoch8.pth        the frozen networks, see frozen.py
+          {cache_dir}/unclip, vae, git, bigG_to_L_epoch8.pth        the frozen networks, see frozen.py (and clip, for
+                                                                    --n_samples)
     out   evals/{model_name}/{model_name}_all_recons.pt             (n, 3, H, W) float32 in [0, 1], H = 256 or smaller
                                          _all_blurryrecons.pt       (n, 3, H, W) float32 in [0, 1]
                                          _all_predcaptions.pt       (n,) numpy array of str
@@ -261,7 +262,7 @@ def noise_levels(scheduler, steps: int) -> tuple[Tensor, Tensor]:
     """
     count = scheduler.config.num_train_timesteps
     timesteps = torch.from_numpy(np.linspace(count - 1, 0, steps, endpoint=False).astype(int))
-    return timesteps, F.pad(frozen.noise_levels(scheduler)[timesteps], (0, 1))
+    return timesteps, F.pad(frozen.training_sigmas(scheduler)[timesteps], (0, 1))
 
 
 def euler(predict: Callable, x: Tensor, scheduler, steps: int, skip: int = 0) -> Tensor:
@@ -293,7 +294,7 @@ def dpm(predict: Callable, x: Tensor, scheduler, steps: int) -> Tensor:
 
 def guided(run_unet: Callable, told: object, blind: object, both: object, guidance: float,
            one_by_one: bool) -> Callable:
-    """predict(x, t) for a sampler: away from what run_unet(x, t, blind) says, towards what it says to `told`.
+    """predict(x, t) for a sampler: away from run_unet(x, t, blind), towards run_unet(x, t, told).
 
     both is blind and told joined into one batch; one_by_one evaluates the two in turn instead: half the memory.
     """
@@ -424,9 +425,9 @@ def read_part(path: Path) -> dict[str, Tensor | list[str]]:
 
 def run_pass(name: str, folder: Path, batches: list[slice], state: PartialState, load: Callable, work: Callable,
              first: str = "brain", prepare: Callable = lambda rows: ()):
-    """work(network, rows, what the pass `first` found for them) -> dict, for all batches; the processes take turns.
+    """work(network, rows, found, *prepare(rows)) -> {output: values}, for all batches; the processes take turns.
 
-    work also gets what prepare(rows) returns, which for a GPU is made ahead, while it works.
+    found is what the pass `first` saved of these rows; None in that pass itself. For a GPU, prepare runs ahead.
     """
     todo = [i for i in range(state.process_index, len(batches), state.num_processes)
             if not (folder / f"{name}_{i:05d}.pt").exists()]
@@ -489,7 +490,7 @@ def save_grid(path: Path, rows: list[tuple[str, Tensor, list[str]]], titles: lis
 
 def write(prefix: str, arrays: dict, brains: SimpleNamespace) -> None:
     """All files of the run; what an earlier run left and this one does not make would be taken for this one's."""
-    for name in ("blurryrecons", "predcaptions"):
+    for name in ("blurryrecons", "predcaptions", "enhancedrecons"):  # the last: refine.py's, of the earlier pictures
         if name not in arrays:
             Path(f"{prefix}_all_{name}.pt").unlink(missing_ok=True)
     for name, array in arrays.items():
@@ -529,7 +530,8 @@ def reconstruct(args: argparse.Namespace, state: PartialState) -> dict[str, Tens
     prefix = str(Path(args.evals) / args.model_name / args.model_name) + ("_stimuli" if args.stimulate else "")
     folder = Path(f"{prefix}_parts")
     checkpoint = checkpoint_file(args)  # a file, or DeepSpeed's folder
-    open_parts(folder, args, state, [checkpoint, *sorted(checkpoint.with_suffix("").glob("*"))])
+    inputs = [checkpoint, *sorted(checkpoint.with_suffix("").glob("*")), *sorted(Path(args.unclip).rglob("*"))]
+    open_parts(folder, args, state, inputs)
     count = len(brains.ids)
     batches = [slice(first, min(first + args.batch_size, count)) for first in range(0, count, args.batch_size)]
 

@@ -69,6 +69,7 @@ from recon import (
 SIZE = 768  # pixels at which SDXL works here: the original's, three quarters of what SDXL was made for
 STREAM = 1_000_000  # of recon.batch_noise: the decoder, whose streams are 1, 2, .., drew from other noise
 FLAG = "--cache_dir or --sdxl"
+SDXL_FILE = "zavychromaxl_v30.safetensors"
 NEGATIVE = ("painting, sketch, cartoon, render, blurry, grainy, overexposed, distorted, deformed, disfigured, "
             "bad anatomy, extra limbs, missing limbs, fused fingers, ugly face, duplicate, cropped, watermark, text")
 
@@ -119,7 +120,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 # ---------------------------------------------------------------------------------------------------------------------
 # SDXL: four networks, from a folder in diffusers' layout or from one file in the original's
 
-SDXL_FILE = "zavychromaxl_v30.safetensors"
 SDXL_UNET = frozen.UNCLIP_UNET | {  # 2.6 billion parameters; the decoder's was made from it
     "sample_size": 128, "cross_attention_dim": 2048, "class_embed_type": None, "addition_embed_type": "text_time",
     "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
@@ -167,8 +167,8 @@ def converted(part: str, network: nn.Module, state: dict[str, Tensor]) -> dict[s
 def check_sdxl(sdxl: Path) -> None:
     """Raise UserError for all that loading or drawing would only find after the first pass."""
     if not sdxl.exists():
-        raise UserError(f"{sdxl} does not exist, nor does {sdxl.with_name('sdxl')}: put one there, or name another "
-                        f"place with {FLAG}.")  # fmt: skip
+        nor = f", nor does {sdxl.with_name('sdxl')}" if sdxl.name == SDXL_FILE else ""
+        raise UserError(f"{sdxl} does not exist{nor}: put it there, or name another place with {FLAG}.")
     (check_folder if sdxl.is_dir() else check_file)(sdxl)
 
 
@@ -227,7 +227,7 @@ def load_part(sdxl: Path, part: str, device: str | torch.device, dtype: torch.dt
                 sdxl / part, local_files_only=True, variant=None if plain else "fp16", output_loading_info=True)
             if report["missing_keys"]:  # the libraries would go on with random numbers for it
                 raise KeyError(f"no {min(report['missing_keys'])} in {part}")
-            return frozen._frozen(network, device, dtype)
+            return frozen.for_inference(network, device, dtype)
         network, prefix = empty_part(part), SDXL_PARTS[part][1]
         with safe_open(sdxl, "pt") as content:
             state = {key: content.get_tensor(key) for key in content.keys() if key.startswith(prefix)}  # noqa: SIM118
@@ -235,7 +235,7 @@ def load_part(sdxl: Path, part: str, device: str | torch.device, dtype: torch.dt
         for module in network.modules():  # no weights: the file may have none
             if hasattr(module, "position_ids"):
                 module.position_ids = torch.arange(module.position_ids.shape[-1])[None]  # (1, 77)
-    return frozen._frozen(network, device, dtype)
+    return frozen.for_inference(network, device, dtype)
 
 
 def load_scheduler(sdxl: Path, flag: str = FLAG):
@@ -342,7 +342,7 @@ def redraw(
 
     predict = guided(run_unet, told, blind, both, guidance, one_by_one)
     skip = steps - kept_steps(steps, strength)
-    sigma = noise_levels(sdxl.scheduler, steps)[1][skip].item()                 # 1.509: what step 13 of 25 starts from
+    sigma = noise_levels(sdxl.scheduler, steps)[1][skip].item()                 # 1.509: where the 14th of 25 starts
     start = start_latents(latents, noise, torch.zeros(count, device=noise.device), sigma)
     return euler(predict, start, sdxl.scheduler, steps, skip)                   # (B, 4, L, L)
 

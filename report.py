@@ -43,15 +43,15 @@ from frozen import load_clip
 from model import UserError, run_main
 
 EXAMPLES = 8  # best, middle and worst each
-ROWS, TOP = 4, 5  # retrieval: found and missed each; candidates in a row
+QUERIES, TOP = 4, 5  # retrieval: found and missed each; candidates in a row
 LARGE, SMALL = 256, 160  # pixels: of the examples, of the retrieval rows
 CHUNK = 25  # images at once through CLIP
 
 # Order and names of the table's parts.
-PICTURES = {"enhancedrecons": "Refined pictures", "recons": "Reconstructions, not refined",
+PARTS = {"enhancedrecons": "Refined pictures", "recons": "Reconstructions, not refined",
             "blurryrecons": "Blurry pictures (low-level head alone)", "retrieval": "Retrieval",
             "captions": "Captions"}  # fmt: skip
-# A.10, Fig. 10: subject 1, 40 sessions, 1000 images.
+# In words, and the paper's mean distance to CLIP's points on a UMAP (A.10, Fig. 10: subject 1, 40 sessions).
 SPACES = {"backbones": ("Backbone", 4.83), "clipvoxels": ("Retrieval head", 3.83), "prior_out": ("Prior", 0.41)}
 CURVES = {"loss": "loss, all of it", "clip": "loss: retrieval head", "prior": "loss: prior",
           "lowlevel": "loss: low-level head", "lr": "learning rate", "loss_prior": "prior's error",
@@ -145,7 +145,7 @@ def check_metrics(metrics: dict) -> None:
         check(row, (int, float, none), "low", "high", "paper_40", "paper_1")
         check(row, str, "title")
         check(row, (str, none), "judge", "paper_remark", "better", "group")
-        if row["pictures"] not in PICTURES:
+        if row["pictures"] not in PARTS:
             raise ValueError(f"rows of {row['pictures']!r}"[:99])
     for part in metrics.get("missing", []):
         check(part, str, "reason")
@@ -210,7 +210,7 @@ def data_uri(content: bytes, kind: str) -> str:
 
 def jpeg(image: Tensor, size: int) -> str:
     """(3, H, W) in [0, 1] -> the address of a JPEG, at most `size` pixels wide, whose colours are not coarsened."""
-    image = resized(image[None], min(size, image.shape[-1]))[0] if image.shape[-1] > size else image.float()
+    image = resized(image[None], size, antialias=True)[0] if image.shape[-1] > size else image.float()
     pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()  # (H, W, 3)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=85, subsampling=0)
@@ -290,11 +290,11 @@ def table_row(row: dict, remarks: list[str]) -> str:
 def table(r: SimpleNamespace, csv: Path) -> str:
     """Every number with its interval beside the paper's; then what could not be computed, and why."""
     rows, missing = r.metrics["rows"], r.metrics.get("missing", [])
-    kinds = sorted({row["pictures"] for row in rows}, key=lambda kind: list(PICTURES).index(kind))
+    kinds = [kind for kind in PARTS if any(row["pictures"] == kind for row in rows)]
     remarks, bodies = list(dict.fromkeys(row["paper_remark"] for row in rows if row.get("paper_remark"))), []
     for kind in kinds:
         lines = "\n".join(table_row(row, remarks) for row in rows if row["pictures"] == kind)
-        bodies.append(f'<tbody><tr><th colspan="6" scope="rowgroup">{PICTURES[kind]}</th></tr>\n{lines}</tbody>')
+        bodies.append(f'<tbody><tr><th colspan="6" scope="rowgroup">{PARTS[kind]}</th></tr>\n{lines}</tbody>')
     gaps = "".join(f"<li><b>{escaped('; '.join(part['titles']))}</b>: {escaped(part['reason'])}</li>"
                    for part in missing)
     remarked = "; ".join(f"<sup>{i}</sup> {escaped(remark)}" for i, remark in enumerate(remarks, 1))
@@ -411,13 +411,14 @@ def retrieval(r: SimpleNamespace) -> str:
                                           ("From a picture to its brain", by_brain.T, False)):
         found, missed, places = found_and_missed(similarity)
         halves = "".join(f'<div class="half"><h4>{name} <span>{len(rows)} of {r.n}</span></h4>'
-                         + retrieval_rows(r, similarity, spread(rows, ROWS), places, from_brain) + "</div>"
+                         + retrieval_rows(r, similarity, spread(rows, QUERIES), places, from_brain) + "</div>"
                          for name, rows in (("Found", found), ("Missed", missed)))
         parts.append(f'<h3>{title}</h3><div class="halves">{halves}</div>')
     return section("retrieval", "Finding the picture", paragraph(
-        f"The first of each row is the query; right of it are the five nearest of all {r.n}, with their cosine "
-        "similarity. Round is a brain, shown as the picture that it saw; square is a picture; the right one is framed. "
-        "The found are spaced evenly from the clearest to the narrowest, the missed from the narrowest to the worst."
+        f"The first of each row is the query; right of it are the {min(TOP, r.n)} nearest of all {r.n}, with their "
+        "cosine similarity. Round is a brain, shown as the picture that it saw; square is a picture; the right one is "
+        "framed. The found are spaced evenly from the clearest to the narrowest, the missed from the narrowest to the "
+        "worst."
         + (" The table's shares are higher, as its pools have only 300 candidates." if r.n > 300 else "")), *parts)
 
 
@@ -436,7 +437,7 @@ def gram(clouds: Iterable[Tensor]) -> Tensor:
 
 
 def distances(products: Tensor, unit_length: bool = False) -> Tensor:
-    """Euclidean distances (k, k) from dot products (k, k); of the vectors scaled to length 1 if so wished."""
+    """Euclidean distances (m, m) from dot products (m, m); of the vectors scaled to length 1 if so wished."""
     if unit_length:
         length = products.diagonal().clamp(min=1e-12).sqrt()
         products = products / length / length[:, None]
@@ -446,7 +447,7 @@ def distances(products: Tensor, unit_length: bool = False) -> Tensor:
 
 
 def umap_points(between: Tensor) -> np.ndarray:
-    """Points (k, 2) whose neighbours are those of the distances (k, k) (McInnes et al. 2020); the same on each call."""
+    """Points (m, 2) whose neighbours are those of the distances (m, m) (McInnes et al. 2020); the same on each call."""
     import numba  # here, as umap: they take seconds to load, and ten to compile themselves on their first call
     numba.config.THREADING_LAYER = "workqueue"  # another one is PyTorch's, too: it would change its number of threads
     import umap
@@ -519,11 +520,17 @@ def read_checkpoint(path: Path) -> dict:
     with reading(path, "--train_logs"):
         logged = {name: checkpoint.get(name, []) for name in ("train_losses", "test_losses", "lrs")}
         logged = {name: [float(x) for x in values] for name, values in logged.items()}
-        return logged | {"flags": dict(checkpoint.get("flags", {}))}
+        history = {str(tag): [(float(step), float(x)) for step, x in points]
+                   for tag, points in dict(checkpoint.get("history", {})).items()}
+        return logged | {"history": history, "flags": dict(checkpoint.get("flags", {}))}
 
 
 def read_curves(train_logs: Path, model: str, checkpoint: dict) -> dict[str, dict[str, list[tuple[float, float]]]]:
     """{what: {train, val or test: [(step, value), ..]}}, from TensorBoard's log if there is one, else last.pth's."""
+    def put(tag: str, points: list[tuple[float, float]]) -> None:
+        split, _, what = tag.rpartition("/")
+        curves.setdefault(what, {})[split or "train"] = points
+
     curves = {}
     logs = sorted((train_logs / model).glob("events.out.tfevents.*"), key=lambda file: file.stat().st_mtime)
     if logs:
@@ -531,14 +538,18 @@ def read_curves(train_logs: Path, model: str, checkpoint: dict) -> dict[str, dic
 
         log = EventAccumulator(str(logs[-1]), size_guidance={"scalars": 0}).Reload()
         for tag in log.Tags()["scalars"]:
-            split, _, what = tag.rpartition("/")
-            curves.setdefault(what, {})[split or "train"] = [(event.step, event.value) for event in log.Scalars(tag)]
-    else:  # the released checkpoints come without a log
-        for what, split, key in (("loss_prior", "test", "test_losses"), ("lr", "train", "lrs")):
-            if checkpoint.get(key):
-                curves[what] = {split: thinned(checkpoint[key])}
+            put(tag, [(event.step, event.value) for event in log.Scalars(tag)])
+    elif checkpoint.get("history"):
+        for tag, points in checkpoint["history"].items():
+            put(tag, points)
+    else:  # the released ones: a learning rate each step; each epoch the whole test loss, not the prior's alone
+        if checkpoint.get("lrs"):
+            put("train/lr", thinned(checkpoint["lrs"]))
+        if losses := checkpoint.get("test_losses"):
+            epoch = len(checkpoint["train_losses"]) / len(losses)  # steps
+            put("test/loss", [(epoch * i, x) for i, x in enumerate(losses, 1)])
     if checkpoint.get("train_losses"):
-        curves["loss"] = {"train": thinned(checkpoint["train_losses"])}
+        put("train/loss", thinned(checkpoint["train_losses"]))
     return curves
 
 
@@ -589,10 +600,8 @@ def regions(r: SimpleNamespace) -> str:
     rows = [row for row in r.metrics["rows"] if row.get("group") == "brain" and math.isfinite(row["value"])]
     if not rows:
         return ""
-    most = max(max(row["high"] if row.get("high") is not None else row["value"], row.get("paper_40") or 0)
-               for row in rows)  # fmt: skip
-    most = max(most, 1e-3)
-    kinds = [kind for kind in PICTURES if any(row["pictures"] == kind for row in rows)]
+    most = max(1e-3, *(row["value"] for row in rows))
+    kinds = [kind for kind in PARTS if any(row["pictures"] == kind for row in rows)]
     parts = []
     for title in dict.fromkeys(row["title"] for row in rows):
         lines = "".join(
@@ -600,7 +609,7 @@ def regions(r: SimpleNamespace) -> str:
             f'</i><span>{number(row["value"])}</span></div>' for row in rows if row["title"] == title)
         region = escaped(title.removeprefix("Brain corr. "))
         parts.append(f"<dt>{region}</dt><dd>{lines}</dd>")
-    keys = " ".join(f'<span class="key k{k}">{PICTURES[kind].lower()}</span>' for k, kind in enumerate(kinds))
+    keys = " ".join(f'<span class="key k{k}">{PARTS[kind].lower()}</span>' for k, kind in enumerate(kinds))
     return section("regions", "Brain correlation by region", paragraph(
         "Shown a reconstruction, an encoding model foretells brain activity; this is its correlation with what was "
         "measured, across the voxels of a region (Table 3)."), paragraph(keys, "note"),
@@ -611,9 +620,12 @@ def command_line(script: str, flags: dict, defaults: dict) -> str:
     """`python train.py --a=b --no-c`: the flags that are not at their defaults."""
     words = ["python", script]
     for name, value in flags.items():
-        if value is None or defaults.get(name, not value) == value:
+        if value is None or name in defaults and str(defaults[name]) == str(value):  # a path equals its text
             continue
-        words.append(f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{name}={value}")
+        if isinstance(value, list):
+            words += [f"--{name}", *map(str, value)]
+        else:
+            words.append(f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{name}={value}")
     return folded(words)
 
 
@@ -639,8 +651,9 @@ def training_commands(checkpoint: dict) -> list[str]:
             command = command.replace("python", f"accelerate launch --num_processes={count}", 1)
         commands.insert(0, command)
         start = Path(str(flags.get("multisubject_ckpt") or ""))
-        start = start if start.suffix == ".pth" else start / "last.pth"
-        checkpoint = read_checkpoint(start) if len(commands) < 5 else {}
+        if start == Path() or len(commands) == 5:  # trained from scratch; or files that name each other
+            break
+        checkpoint = read_checkpoint(start if start.suffix == ".pth" else start / "last.pth")
     return commands
 
 

@@ -30,7 +30,8 @@ Tokens and latents of each picture are computed once and kept (data.TargetCache)
     python unclip.py --data_path=toy --num_steps=600 --batch_size=64 --max_lr=1e-3 --warmup=50 --ema=.99   two minutes
     accelerate launch --config_file configs/multi_gpu.yaml unclip.py --model_name=decoder --cache_dir=nsd \\
         --images="shards/{000..099}.tar" --base=sd_xl_base_1.0.safetensors         the paper's, on eight GPUs
-    python unclip.py --base=nsd/unclip --num_steps=0 --data_path=nsd               Table 9 of a decoder that is there
+    python unclip.py --model_name=released --base=nsd/unclip --num_steps=0 --no-washed_out --data_path=nsd
+                                                              Table 9 of a decoder that is there: the released one
 
 The original was trained on pictures as they are, while MindEye2 predicts the tokens of washed-out ones
 (frozen.clip_preprocess): its .8 x + .2 is a hand-made remedy. Here the decoder learns from the tokens it will be given.
@@ -67,7 +68,7 @@ import processes
 import recon
 import refine
 from checkpoints import reading, torch_load
-from evaluate import VISION
+from evaluate import JUDGE_ROWS
 from features import encode_all
 from model import UserError, run_main
 from train import (
@@ -82,7 +83,6 @@ from train import (
 )
 
 FLAG = "--base"
-GRID_COLUMNS = 12
 MAX_GRAD_NORM = 1.0
 
 
@@ -184,6 +184,9 @@ def check_args(args: argparse.Namespace) -> None:
     for flag, path in ((FLAG, args.base), *(("--images", path) for path in data.expanded(args.images))):
         if not Path(path).exists() and not (flag == FLAG and released):
             raise UserError(f"{path} does not exist: put it there, or name another with {flag}.")
+    if not args.num_steps and (run_folder(args) / "state").exists():
+        raise UserError(f"{run_folder(args)} holds a decoder in training, which --num_steps=0 would replace: name "
+                        "another --model_name.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -263,7 +266,10 @@ def convert(base: UNet2DConditionModel, token_dim: int, new_attention: str, new_
 
 
 def load_base(args: argparse.Namespace, token_dim: int) -> SimpleNamespace:
-    """.unet (float32, on the CPU), .vae, .scheduler of --base, already made for tokens. Raises UserError."""
+    """.unet (float32, on the CPU), .vae, .scheduler of --base, already made for tokens. Raises UserError.
+
+    Where args.resolution and args.draw_size are None, they become the base's.
+    """
     base = Path(args.base)
     torch.manual_seed(args.seed)  # of new weights
     vae, scheduler = None, DDPMScheduler(**frozen.UNCLIP_SCHEDULER, clip_sample=False)
@@ -283,14 +289,14 @@ def load_base(args: argparse.Namespace, token_dim: int) -> SimpleNamespace:
         raise UserError(f"{base} brings no VAE: name a folder with --vae.")
     vae = vae or frozen.read_vae(Path(args.vae), "--vae")
     vae.enable_slicing()  # one picture at a time: at 768 pixels each needs gigabytes
-    side = 2 ** (len(vae.config.block_out_channels) - 1)  # 8 pixels a latent
-    own = unet.config.sample_size * side
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)  # 8 pixels a latent
+    own = unet.config.sample_size * factor
     args.resolution, args.draw_size = args.resolution or min(256, own), args.draw_size or min(768, own)
     for name in ("resolution", "draw_size"):
-        grain = side * 2 ** (len(unet.config.block_out_channels) - 1)
+        grain = factor * 2 ** (len(unet.config.block_out_channels) - 1)
         if getattr(args, name) < 1 or getattr(args, name) % grain:
             raise UserError(f"--{name} must be a multiple of {grain}, not {getattr(args, name)}.")
-    unet.register_to_config(sample_size=args.draw_size // side)
+    unet.register_to_config(sample_size=args.draw_size // factor)
     config = public(scheduler.config) | {"clip_sample": False}
     scheduler = DDPMScheduler.from_config(config | ({"prediction_type": args.prediction} if args.prediction else {}))
     return SimpleNamespace(unet=unet.requires_grad_(True), vae=vae, scheduler=scheduler)
@@ -318,8 +324,8 @@ def load_pictures(args: argparse.Namespace) -> SimpleNamespace:
     if hdf5 and shared.exists():  # NSD: what all subjects saw are the test images of every other stage
         held_out = nsd.load_shared(shared.parent)[: len(rows)]
         if len(held_out) < len(rows):
-            raise UserError(f"{shared} is of {len(held_out)} pictures, {args.images} has {len(rows)}: "
-                            "get both again into --data_path.")
+            raise UserError(f"{shared} is of {len(held_out)} pictures, {args.images} has {len(rows)}: get both again, "
+                            "or name others with --images.")
         val, rows = rows[held_out], rows[~held_out]
     else:
         order = np.random.default_rng(0).permutation(rows)  # the same for all runs, so that they can be compared
@@ -409,7 +415,9 @@ def prepare(batch: dict[str, Tensor], alphas: Tensor, args: argparse.Namespace, 
     target, weight = noise, torch.ones(count, device=latents.device)
     if args.prediction == "v_prediction":
         target = a.sqrt() * noise - (1 - a).sqrt() * latents
-    if args.min_snr:  # the weight that the error of the guessed picture has, at most min_snr; as loss of what is said
+    # min(SNR, min_snr) is to weigh the error of the picture that is guessed (Hang et al. 2023). The noise's error is
+    # SNR times as large as that, the velocity's SNR + 1 times: so much less is their weight.
+    if args.min_snr:
         snr = alphas[t] / (1 - alphas[t])
         weight = snr.clamp(max=args.min_snr) / (snr + (args.prediction == "v_prediction"))
     return SimpleNamespace(x=a.sqrt() * latents + (1 - a).sqrt() * noise, t=t, tokens=tokens, target=target,
@@ -444,7 +452,7 @@ def set_lr(optimizer, step: int, args: argparse.Namespace) -> float:
     left = (args.num_steps - step) / max(1e-9, args.decay * args.num_steps)
     lr = args.max_lr * min(1.0, (step + 1) / max(1, args.warmup), left)
     for group in optimizer.param_groups:
-        if isinstance(group["lr"], Tensor):  # torchao's, which compiled code reads
+        if isinstance(group["lr"], Tensor):  # torchao's, or with --graph: compiled or recorded code reads its memory
             group["lr"].fill_(lr)
         else:
             group["lr"] = lr
@@ -574,7 +582,10 @@ def validate(unet: nn.Module, sources: SimpleNamespace, rows: np.ndarray, alphas
 
 @torch.no_grad()
 def draw(unclip: SimpleNamespace, sources: SimpleNamespace, rows: np.ndarray, args: argparse.Namespace) -> Tensor:
-    """Pictures (B, 3, H, H) of the pictures `rows`, from their true tokens: by recon.py's code, with its noise."""
+    """Pictures (B, 3, H, H) of the pictures `rows`, from their true tokens: by recon.draw, but from plain noise.
+
+    recon.py starts as the original does: recon.start_latents, whose offset is left out here.
+    """
     device, side = unclip.unet.device, unclip.unet.config.sample_size
     tokens = encode(sources, fetch(sources, rows), device)["tokens"]                # (B, S, D)
     shapes = [(unclip.unet.config.in_channels, side, side), tuple(tokens.shape[1:])]
@@ -586,7 +597,7 @@ def draw(unclip: SimpleNamespace, sources: SimpleNamespace, rows: np.ndarray, ar
 def save_samples(args: argparse.Namespace, unclip: SimpleNamespace, sources: SimpleNamespace, val: np.ndarray,
                  accelerator: Accelerator) -> Tensor:
     """samples.png: the first validation pictures, and what is drawn from their tokens; returns both (k, 3, H, 2 H)."""
-    rows = val[:GRID_COLUMNS]
+    rows = val[: recon.GRID_COLUMNS]
     with accelerator.autocast():
         drawn = draw(unclip, sources, rows, args)
     seen, names, no_text = sources.images[rows], [str(row) for row in rows], [""] * len(rows)
@@ -632,7 +643,7 @@ PAPER = {"fid": 13.69, "pixcorr": .676, "ssim": .232, "alex2": .998, "alex5": .9
          "efficientnet": .240, "swav": .029}
 
 
-class Torchvision(nn.Module):
+class InceptionFeatures(nn.Module):
     """Inception's features (B, 2048) of pictures (B, 3, H, H) uint8, for want of the one that FID is defined by."""
     def __init__(self, judge: SimpleNamespace) -> None:
         super().__init__()
@@ -654,7 +665,7 @@ def frechet_distance(seen: Tensor, drawn: Tensor, args: argparse.Namespace, devi
         network, remark = judge.network, judge.description
     except judges.Missing:
         judge = judges.load_vision("inception", args.cache_dir, device)
-        network, remark = Torchvision(judge), f"not FID's own, but {judge.description}"
+        network, remark = InceptionFeatures(judge), f"not FID's own, but {judge.description}"
     # One process judges for all: it would wait for ever for the others' share.
     fid = FrechetInceptionDistance(feature=network, sync_on_compute=False).to(device)
     for name, pictures in (("seen", seen), ("drawn", drawn)):
@@ -673,7 +684,7 @@ def score(seen: Tensor, drawn: Tensor, args: argparse.Namespace, device: torch.d
     seen, drawn = seen.float() / 255, drawn.float() / 255
     scores["pixcorr"] = metrics.pixcorr(seen, drawn).mean().item(), ""
     scores["ssim"] = metrics.ssim(seen, drawn).mean().item(), ""
-    for judge, rows in VISION.items():
+    for judge, rows in JUDGE_ROWS.items():
         try:
             network = judges.load_vision(judge, args.cache_dir, device)
         except judges.Missing as reason:
@@ -690,7 +701,10 @@ def score(seen: Tensor, drawn: Tensor, args: argparse.Namespace, device: torch.d
 
 def table9(args: argparse.Namespace, accelerator: Accelerator, folder: Path, sources: SimpleNamespace,
            rows: np.ndarray) -> dict[str, float]:
-    """Draw the pictures `rows` from their true tokens and compare. The processes share the drawing, it restarts."""
+    """Draw the pictures `rows` from their true tokens and compare. The processes share the drawing.
+
+    Killed, it goes on where it was; not with --num_steps=0, which writes the decoder anew.
+    """
     device, run = accelerator.device, run_folder(args)
     half = torch.bfloat16 if device.type == "cuda" else torch.float32
     parts = [slice(first, min(first + args.batch_size, len(rows))) for first in range(0, len(rows), args.batch_size)]
@@ -700,6 +714,8 @@ def table9(args: argparse.Namespace, accelerator: Accelerator, folder: Path, sou
     def load() -> SimpleNamespace:
         unclip = frozen.load_unclip(folder, device, half)
         unclip.vae.enable_slicing()
+        # .8 and .2, the released one's, make up for a brain's pale tokens: these are of the kind that it learned from.
+        unclip.output_scale = unclip.output_shift = .5
         return unclip
     recon.run_pass("drawn", run / "drawn", parts, accelerator, load, work, first="drawn")
     if not accelerator.is_main_process:
@@ -814,7 +830,7 @@ def learn(args: argparse.Namespace, accelerator: Accelerator, base: SimpleNamesp
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """Returns .history {name: [(step, value), ..]} and .table {row: value} as a dict."""
+    """Returns {"history": {name: [(step, value), ..]}, "table": {row: value}}."""
     args = parse(argv)
     check_args(args)
     accelerator = start_accelerator(args)

@@ -362,6 +362,11 @@ def test_compare(world, bench, tmp_path, capsys):
     assert f"{difference:+.3f}" in line and f"[{low:+.3f}, {high:+.3f}]" in line and f"{p:.4f}" in line and p < .01
     with pytest.raises(m.UserError, match="nobody_scores.pt does not exist: run evaluate.py --model_name nobody"):
         ev.main([*flags[:-1], "nobody"])
+    record = tmp_path / "worse" / "worse_metrics.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"image_rows": "others"}))  # as many, not the same
+    with pytest.raises(m.UserError, match="different images"):
+        ev.main(flags)
+    record.write_text("{}")
     save(tmp_path / "worse" / "worse_scores.pt", {"recons/ssim": torch.ones(5)})
     with pytest.raises(m.UserError, match="different images"):
         ev.main(flags)
@@ -378,6 +383,10 @@ def test_report_gets_all_it_needs(world, bench, tmp_path, monkeypatch, capsys):
     assert (data_path, cache_dir, subj, new_test, logs) == (world, world, SUBJECT, True, Path("train_logs"))
     assert torch.allclose(more["clip_images"], load_clip(world, "cpu").tokens(data.Images(world)[IMAGES]))
     assert "wrote report.html" in capsys.readouterr().out
+    others = tmp_path / "enhancedrecons_run" / "others_all_recons.pt"  # the folder's name says nothing
+    save(others, data.Images(world)[IMAGES].roll(1, 0))
+    found = ev.main([*write_evals(world, tmp_path)[:-1], "--all_recons_path", str(others)])
+    assert found["recons/pixcorr"] < .2 and len(calls) == 1 and "wrote no report" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("change, sentence", [
@@ -397,6 +406,7 @@ def test_mistakes(world, bench, tmp_path, change, sentence):
 @pytest.mark.parametrize("flags, sentence", [
     (["--blend", "1.5"], "--blend must be between 0 and 1, not 1.5"),
     (["--batch_size", "0"], "--batch_size must be at least 1, not 0"),
+    (["--seed", "-1"], "--seed must be at least 0, not -1"),
     (["--num_images", "1"], "at least 2: raise --num_images"),
 ])  # fmt: skip
 def test_wrong_flags(world, bench, tmp_path, flags, sentence):

@@ -107,6 +107,11 @@ def test_teacher_folder(tmp_path):
     x = (images - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.228, 0.224, 0.225]).view(3, 1, 1)
     expected = network(x).last_hidden_state
     assert error(features[:, 1], expected[:, :, 0, 1]) < 1e-5
+    state = network.state_dict()
+    name = state.popitem()[0]
+    network.save_pretrained(tmp_path / "teacher", state_dict=state)
+    with pytest.raises(UserError, match=f"teacher cannot be read .*no {name}.*--cache_dir"):
+        m.load_teacher(tmp_path, "cpu")
 
 
 def test_released_teacher_spec_and_arithmetic():
@@ -162,6 +167,10 @@ def test_unclip_folder(tmp_path, index, scales):
     assert (unclip.unet.dtype, unclip.vae.dtype) == (torch.float16, torch.float32)
     assert type(unclip.scheduler).__name__ == "EulerDiscreteScheduler"
     assert not any(p.requires_grad for part in (unclip.unet, unclip.vae) for p in part.parameters())
+    state = {name: value.half() for name, value in unclip.unet.state_dict().items() if name != "conv_in.bias"}
+    save_file(state, tmp_path / "unclip/unet/diffusion_pytorch_model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="unclip cannot be read"):
+        m.load_unclip(tmp_path / "unclip", "cpu")
 
 
 def released_keys() -> dict[str, list]:

@@ -236,7 +236,7 @@ def test_openais_weights_get_openais_activation(tmp_path, monkeypatch):
     (folder / "snapshots" / "abc").mkdir(parents=True)
     file = folder / "snapshots" / "abc" / "open_clip_model.safetensors"
     file.write_bytes(b"weights")
-    assert m.load_clip("clip_b", tmp_path, "cpu").files == [file]
+    assert m.load_openai_clip("clip_b", tmp_path, "cpu").files == [file]
     assert made == [("ViT-B-32", {"pretrained": str(file), "force_quick_gelu": True, "require_pretrained": True})]
 
 

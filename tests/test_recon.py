@@ -6,6 +6,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -250,6 +251,20 @@ def test_a_killed_run_with_other_flags_is_not_gone_on_with(world, tmp_path, monk
     assert torch.equal(whole["prior_out"], again["prior_out"]) and torch.equal(whole["recons"], again["recons"])
 
 
+def test_a_killed_run_with_another_decoder_is_not_gone_on_with(world, tmp_path, monkeypatch):
+    decoder = tmp_path / "unclip"
+    shutil.copytree(world.folder / "data/unclip", decoder)
+    flags = ["--evals", tmp_path, "--batch_size", 3, "--unclip", decoder]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(frozen, "decode_latents", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))  # recons are done
+        world.run(*flags)
+    index = decoder / "model_index.json"
+    index.write_text('{"output_scale": 0, "output_shift": 0.25}')
+    stale = tmp_path / "micro/micro_all_enhancedrecons.pt"
+    stale.write_text("refined from other pictures")
+    assert (world.run(*flags)["recons"] == .25).all() and not stale.exists()
+
+
 def test_the_sample_nearest_to_the_brain_is_kept(world, monkeypatch):
     """--n_samples 3: of three pictures, drawn one by one here, the one whose CLIP tokens fit the brain's best."""
     out, original, each = world.run("--n_samples", 3), recon.batch_noise, []
@@ -397,7 +412,7 @@ def test_mistakes_are_one_sentence_and_write_nothing(world, tmp_path, capsys, wo
 
 
 @pytest.mark.parametrize("name, others, sentence", [
-    ("vae", ["sd_image_var_autoenc.pth"], "vae nor .*sd_image_var_autoenc.pth does not exist.*--no-blurry_recon"),
+    ("vae", ["sd_image_var_autoenc.pth"], "vae does not exist, nor does .*sd_image_var_autoenc.pth.*--no-blurry_recon"),
     ("bigG_to_L_epoch8.pth", [], "bigG_to_L_epoch8.pth does not exist.*--no-captions"),
 ])
 def test_missing_networks_are_noticed_before_the_work(world, tmp_path, name, others, sentence):

@@ -290,6 +290,20 @@ def test_training(stage):
     assert sorted(len(line) for line in lines) == [2, 2, 3]  # two of the log, and last.pth's losses of each step
 
 
+def test_curves_without_a_log(tmp_path, monkeypatch):
+    """Of our last.pth its own history; of the release's, a rate a step and the whole test loss an epoch."""
+    ours = {"history": {"test/loss_prior": [(30., .5)], "train/loss": [(30., 9.)]}, "train_losses": [4., 2.],
+            "test_losses": [.5], "lrs": [1e-3]}
+    assert report.read_curves(tmp_path, "a", ours) == {"loss_prior": {"test": [(30, .5)]},
+                                                       "loss": {"train": [(1, 4), (2, 2)]}}
+    theirs = {"train_losses": [4.] * 6, "test_losses": [9., 8.], "lrs": [1e-3] * 6}
+    curves = report.read_curves(tmp_path, "a", theirs)
+    assert curves["loss"]["test"] == [(3, 9), (6, 8)] and len(curves["lr"]["train"]) == 6 and "loss_prior" not in curves
+    monkeypatch.chdir(tmp_path)  # a model from scratch has no start: not even one that lies here
+    torch.save({"model_state_dict": {}, "flags": {"model_name": "other"}}, tmp_path / "last.pth")
+    assert len(report.training_commands({"flags": {"model_name": "a"}})) == 1
+
+
 def test_thinned():
     assert report.thinned([4.0, 2.0]) == [(1, 4.0), (2, 2.0)]
     thin = report.thinned(list(map(float, range(1001))))
@@ -309,9 +323,9 @@ def test_number():
 
 
 def test_command_line():
-    flags = {"a": 1, "b": None, "c": False, "d": True, "e": "x y", "f": 2}
-    words = report.command_line("s.py", flags, {"a": 1, "c": True, "d": False, "e": "", "f": 1})
-    assert words == "python s.py --no-c --d '--e=x y' --f=2"
+    flags = {"a": 1, "b": None, "c": False, "d": True, "e": "x y", "f": 2, "g": [2, 5], "h": Path("toy")}
+    words = report.command_line("s.py", flags, {"a": 1, "c": True, "d": False, "e": "", "f": 1, "g": None, "h": "toy"})
+    assert words == "python s.py --no-c --d '--e=x y' --f=2 --g 2 5"
     long = report.folded(["python", *[f"--flag{i}=1234567" for i in range(20)]])
     assert max(map(len, long.splitlines())) <= 96 and long.replace(" \\\n  ", "").split() == [
         "python", *[f"--flag{i}=1234567" for i in range(20)]]

@@ -453,6 +453,23 @@ def test_mistakes(world, tmp_path, flags, words):
     assert not (tmp_path / "decoder/unclip").exists()
 
 
+def test_a_decoder_in_training_is_not_replaced_by_its_base(world, tmp_path):
+    run(world, tmp_path, "--num_steps=1")
+    trained = weights(tmp_path)
+    with pytest.raises(m.UserError, match="decoder holds a decoder in training, .*--num_steps=0"):
+        run(world, tmp_path, "--num_steps=0")
+    assert same(weights(tmp_path), trained)
+
+
+def test_table9_scales_as_its_tokens_ask(world, tmp_path, monkeypatch):
+    """Plain tokens: what the VAE draws in [-1, 1] is [0, 1] in the picture, whatever recon.py is to do of pale ones."""
+    scales, drawn = [], recon.draw
+    monkeypatch.setattr(recon, "draw", lambda unclip, *rest: (
+        scales.append((unclip.output_scale, unclip.output_shift)), drawn(unclip, *rest))[1])
+    run(world, tmp_path, "--num_steps=1", "--no-washed_out", "--num_eval=4")
+    assert len(scales) >= 2 and set(scales) == {(.5, .5)}
+
+
 def test_config_without_vae(world, tmp_path):
     with pytest.raises(m.UserError, match="brings no VAE: name a folder with --vae"):
         run(world, tmp_path, f"--base={world / 'sdxl/unet/config.json'}")
