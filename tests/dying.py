@@ -15,7 +15,9 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -47,7 +49,7 @@ DECODER = [*PLACES[:1], PLACES[2], *FAST, "--num_steps=9", "--batch_size=2", "--
 # What is run, its flags, what it writes, and where it is killed: the ends of files about to be renamed, in turn.
 KILLED = {
     "toy.py": (lambda flags: toy.build_world(Path(flags[0]), toy.SMOKE), ["{folder}/toy"], "toy",
-               ["subj04/train/0.tar"]),
+               ["subj04.building/train/0.tar"]),
     "train.py": (train.main, TRAIN, "cache/targets logs/a/last.pth", ["rows of the cache", "last.pth"]),
     "recon.py": (recon.main, RECON, "evals", ["recons_00001.pt", "a_all_recons.pt"]),
     "refine.py": (refine.main, REFINE, "evals", ["refined_00001.pt", "a_all_enhancedrecons.pt"]),
@@ -56,6 +58,9 @@ KILLED = {
 # Where the second of two processes is killed, and the first waits for it.
 LOST = {"recon.py": (recon.main, RECON, recon, "draw_recons"), "refine.py": (refine.main, REFINE, refine, "refine"),
         "unclip.py": (unclip.main, DECODER, unclip, "train_step")}
+
+
+NOW = datetime.now()
 
 
 def die(*_) -> None:
@@ -94,6 +99,7 @@ def forked(run: Callable, errors: Path, before: Callable = lambda: None) -> int:
             os.dup2(file.fileno(), 2)
         before()
         report.umap_points = lambda between: np.zeros((len(between), 2))  # of no use here, and slow
+        report.datetime = SimpleNamespace(now=lambda: NOW)  # else a page differs when a minute ends between two runs
         model.run_main(run)
         code = 0
     except SystemExit as stop:

@@ -226,7 +226,7 @@ def test_other_errors_keep_their_traceback():
 
 def test_processes_wait_for_the_first_longer_than_it_encodes(monkeypatch):
     given = {}
-    monkeypatch.setattr(train, "Accelerator", lambda **options: given.update(options))
+    monkeypatch.setattr(train, "Accelerator", lambda **options: given.update(options) or SimpleNamespace(**options))
     train.start_accelerator(train.parse_args([]))
     assert given["kwargs_handlers"][0].timeout.total_seconds() >= 3600
 
