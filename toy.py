@@ -256,10 +256,15 @@ def behaviour(world: World, subject: int, own: np.ndarray, seed: int) -> np.ndar
 # ----------------------------------------------------------------------------------------------------------------------
 # Files: the official names and layouts
 # ----------------------------------------------------------------------------------------------------------------------
+def shipped_networks() -> dict[str, str]:
+    """{file: its SHA-256} of toy_networks/."""
+    lines = (NETWORKS / "SHA256SUMS").read_text().splitlines()
+    return {name: digest for digest, name in (line.split("  ") for line in lines)}
+
+
 def copy_networks(path: Path) -> None:
     """The shipped frozen networks -> `path`, each file checked against SHA256SUMS."""
-    for line in (NETWORKS / "SHA256SUMS").read_text().splitlines():
-        digest, name = line.split("  ")
+    for name, digest in shipped_networks().items():
         if not (NETWORKS / name).is_file() or hashlib.sha256((NETWORKS / name).read_bytes()).hexdigest() != digest:
             raise UserError(f"{NETWORKS / name} is not the file that was shipped: restore it with `git checkout "
                             "toy_networks`, or train all anew with `python toy.py --train_frozen`.")
@@ -320,11 +325,13 @@ def build_world(path: Path, world: World | None = None, seed: int = 0, rebuild: 
 
     path      the folder of the dataset, as the stages' --data_path
     rebuild   write it anew where it is there
-    Raises UserError if a shipped network is not the one that was shipped.
+    Raises UserError if a shipped network is not the one that was shipped, or if what would be replaced is no toy.
     """
     world = world or World()
     if path.exists() and not rebuild:
         return
+    if path.exists() and not all((path / name).exists() for name in shipped_networks()):
+        raise UserError(f"{path} is no toy world, and --rebuild would replace it: name another with --data_path.")
     with files.replacing_folder(path) as building:
         write_world(building, world, seed)
 

@@ -304,3 +304,11 @@ def test_mistakes(tmp_path, monkeypatch, flags, words):
     with pytest.raises(UserError, match=words):
         toy.main(flags)
     assert not any(tmp_path.iterdir())
+
+
+def test_nothing_but_a_toy_is_built_anew(tmp_path):
+    (tmp_path / "nsd").mkdir()
+    (tmp_path / "nsd/betas.hdf5").write_text("years of work")
+    with pytest.raises(UserError, match="nsd is no toy world, and --rebuild would replace it: .*--data_path"):
+        toy.main(["--smoke", "--rebuild", f"--data_path={tmp_path / 'nsd'}"])
+    assert (tmp_path / "nsd/betas.hdf5").read_text() == "years of work"
