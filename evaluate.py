@@ -442,6 +442,7 @@ def beside_the_paper(row: dict, unlike: str) -> list[float | None]:
 
 
 def print_table(args: argparse.Namespace, result: SimpleNamespace, rows: list[dict]) -> None:
+    """The table on the screen: each row with its interval, and how far the paper's two numbers are from it."""
     head = f"paper, {result.unlike or f'subject {args.subj}'}"
     print(f"\n{args.model_name}: {result.images} images of subject {args.subj}\n"
           f"{'':<38}{'yours':>7}{'95% interval':>16}    {head:<33}judged by\n"

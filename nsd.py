@@ -460,6 +460,7 @@ def problem(bad: bool, text: str) -> str:
 
 
 def check_images(data_path, samples: int = 64) -> Findings:
+    """Is the images file whole, of NSD's size and type, and are some of its pictures readable and within [0, 1]?"""
     path = data.h5_path(data_path, "images")
     try:
         images = data.Images(data_path)
@@ -491,6 +492,7 @@ def check_images(data_path, samples: int = 64) -> Findings:
 
 
 def check_shared(data_path, images: int | None) -> tuple[np.ndarray | None, tuple[str, str]]:
+    """The (images,) bool of test images, None if it is no good; and what was found."""
     try:
         shared = load_shared(data_path)
     except UserError as error:
@@ -505,6 +507,7 @@ def check_shared(data_path, images: int | None) -> tuple[np.ndarray | None, tupl
 
 
 def check_masks(data_path, subject: int, voxels: int | None, nsd: bool) -> Findings:
+    """Are the regions there, none of them empty, and each as long as the betas are wide?"""
     path = data.h5_path(data_path, "masks")
     try:
         masks = data.load_region_masks(data_path, subject)
@@ -619,6 +622,7 @@ def check_trials(data_path, subject: int, rows: int | None, images: int | None, 
 
 def check_columns(name: str, subject: int, train: np.ndarray, new: np.ndarray, old: np.ndarray,
                   tars: int) -> Findings:
+    """Subject, session, betas row, order and split of the trials (n, 17) of all tars: do they agree?"""
     everything = np.concatenate([train, new])  # (n, 17)
     other = (everything[:, SUBJECT] != subject).sum()
     yield f"{name}: column 1, the subject", problem(other > 0, f"{other} trials of another subject")
@@ -693,6 +697,7 @@ def check_evals(data_path, nsd: bool) -> Findings:
 
 
 def check_subject(data_path, subject: int, images: int | None, shared: np.ndarray | None) -> Findings:
+    """Betas, masks and tars of one person; if each is good, whether rows and images belong together."""
     nsd = bool(images and images >= NSD_IMAGES and subject in SESSIONS)
     shape, findings = check_betas(data_path, subject)
     yield from findings

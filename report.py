@@ -273,6 +273,7 @@ def is_stand_in(row: dict) -> bool:
 
 
 def table_row(row: dict, remarks: list[str]) -> str:
+    """One metric: value, interval, and the paper's numbers, marked by the number of their remark in the foot."""
     arrow = {"higher": "↑", "lower": "↓"}.get(row.get("better"), "")
     mark = '&nbsp;<span class="mark" title="a stand-in judged">◇</span>' if is_stand_in(row) else ""
 

@@ -163,6 +163,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def check_args(args: argparse.Namespace) -> None:
+    """Fill in the folders; raise UserError for flags and files that do not fit."""
     least = {"num_steps": 0, "num_val": 1, "batch_size": 1, "warmup": 0, "ckpt_interval": 1, "steps": 1, "num_eval": 0}
     for name, low in least.items():
         if getattr(args, name) < low:
