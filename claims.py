@@ -5,7 +5,8 @@ own flags; prints the paper's numbers beside the toy's, and says whether the cla
 hold is printed as such, with a likely reason. What several claims need is trained once.
 
 In   nothing: worlds are built, as by toy.py but smaller
-Out  claims/results.json                    every number, with seeds, flags, seconds and a hash of the numbers
+Out  claims/claims.md                       what is printed: tables, comparisons, verdicts
+     claims/results.json                    every number, with seeds, flags, seconds and a hash of the numbers
      claims/seed{N}/world                   the world of a seed
                    /train_logs/{arm}        what train.py wrote, and log.txt: what all stages said
                    /evals/{arm}             what recon.py, refine.py and evaluate.py wrote
@@ -480,21 +481,32 @@ def difference(entry: dict) -> str:
     return f"{METRICS[entry['metric']]}, {title(entry['a'])} - {title(entry['b'])}: {mean:+.3f} ± {half:.3f}"
 
 
-def print_claim(name: str, claim: Claim, found: dict) -> None:
-    """The claim, the paper's numbers, the toy's in Markdown, the comparisons, the verdict."""
-    print(f"\n## ({claim.letter}) {name}: {claim.says}\n\nPaper: {claim.paper}.\n")
+def claim_text(name: str, claim: Claim, found: dict) -> str:
+    """In Markdown: the claim, the paper's numbers, the toy's, the comparisons, the verdict."""
     width = max(map(len, claim.arms))
-    print(f"| {'':<{width}} | " + " | ".join(f"{METRICS[metric]:>15}" for metric in claim.metrics) + " |")
-    print(f"|{'-' * (width + 2)}|" + "|".join("-" * 16 + ":" for _ in claim.metrics) + "|")
+    lines = [f"## ({claim.letter}) {name}: {claim.says}\n\nPaper: {claim.paper}.\n",
+             f"| {'':<{width}} | " + " | ".join(f"{METRICS[metric]:>15}" for metric in claim.metrics) + " |",
+             f"|{'-' * (width + 2)}|" + "|".join("-" * 16 + ":" for _ in claim.metrics) + "|"]
     for label, numbers in found["arms"].items():
         cells = ["{:.3f} ± {:.3f}".format(*interval(numbers[metric])) for metric in claim.metrics]
-        print(f"| {label:<{width}} | " + " | ".join(f"{cell:>15}" for cell in cells) + " |")
-    print()
+        lines.append(f"| {label:<{width}} | " + " | ".join(f"{cell:>15}" for cell in cells) + " |")
+    lines.append("")
     for entry in found["compared"]:
         wanted = "> 0" if entry["within"] is None else f"within {entry['within']:g} of 0"
-        print(f"* {difference(entry)} (claim: {wanted}): {entry['verdict']}")
+        lines.append(f"* {difference(entry)} (claim: {wanted}): {entry['verdict']}")
     reason = f" Likely why: {claim.if_not}." if found["verdict"] == FAILS else ""
-    print(f"\nVerdict: **{found['verdict']}**.{reason}")
+    return "\n".join([*lines, f"\nVerdict: **{found['verdict']}**.{reason}\n"])
+
+
+def table(found: dict, seeds: list[int]) -> str:
+    """README.md's: a line a claim."""
+    lines = [f"| claim | | differences, {len(seeds)} seed{'s' * (len(seeds) > 1)} | verdict |", "|---|---|---|---|"]
+    for name, entry in found.items():
+        each = "; ".join(f"{difference(one)} {MARKS[one['verdict']]}" for one in entry["compared"])
+        lines.append(f"| ({entry['letter']}) {name} | {entry['says']} | {each} | {entry['verdict']} |")
+    count = sum(len(entry["compared"]) for entry in found.values())
+    chance = f"{count} comparisons, each by itself: were all between equals, chance would put {count / 20:.0f} outside."
+    return "\n".join([*lines, "", chance])
 
 
 def digest(claims: dict) -> str:
@@ -512,22 +524,15 @@ def main(names: list[str], seeds: list[int], base: Path, smoke: bool = False, pr
         shutil.rmtree(base / f"seed{seed}", ignore_errors=True)
     run_all(names, seeds, base, sizes, processes or os.cpu_count() or 1)
     arms = {arm: [record(base / f"seed{seed}", arm, sizes) for seed in seeds] for arm in needed(names)}
-    print(f"\n{RULE}")
-    found = {}
-    for name in names:
-        claim = CLAIMS[name]
-        found[name] = check(claim, {label: [of_seed["scores"] for of_seed in arms[arm]]
-                                    for label, arm in claim.arms.items()})
-        print_claim(name, claim, found[name])
-    print(f"\n| claim | | differences, {len(seeds)} seed{'s' * (len(seeds) > 1)} | verdict |\n|---|---|---|---|")
-    for name, entry in found.items():
-        each = "; ".join(f"{difference(one)} {MARKS[one['verdict']]}" for one in entry["compared"])
-        print(f"| ({entry['letter']}) {name} | {entry['says']} | {each} | {entry['verdict']} |")
-    count = sum(len(entry["compared"]) for entry in found.values())
-    print(f"\n{count} comparisons, each by itself: were all between equals, chance would put {count / 20:.0f} outside.")
+    found = {name: check(CLAIMS[name], {label: [of_seed["scores"] for of_seed in arms[arm]]
+                                        for label, arm in CLAIMS[name].arms.items()}) for name in names}
     results = {"seeds": seeds, "hash": digest(found), "claims": found,
                "arms": {arm: {"flags": flags_of(arm, sizes), "seconds": [of_seed["seconds"] for of_seed in known]}
                         for arm, known in arms.items()}}
     write_json(base / "results.json", results)
-    print(f"\n{(time.time() - began) / 60:.1f} minutes. All numbers: {base / 'results.json'}")
+    head = f"# The claims, in full\n\nSeeds {', '.join(map(str, seeds))}; numbers {results['hash']}.\n\n{RULE}\n"
+    text = "\n".join([head, *(claim_text(name, CLAIMS[name], found[name]) for name in names), table(found, seeds)])
+    with files.replacing(base / "claims.md") as temporary:
+        temporary.write_text(text + "\n")
+    print(f"\n{text}\n\n{(time.time() - began) / 60:.1f} minutes. All numbers: {base / 'results.json'}")
     return results

@@ -83,15 +83,14 @@ def made_up(**scores) -> dict:
     return claims.check(claim, {label: [{"m": x} for x in values] for label, values in scores.items()})
 
 
-def test_a_claim_pairs_arms_by_seed(monkeypatch, capsys):
+def test_a_claim_pairs_arms_by_seed(monkeypatch):
     monkeypatch.setitem(claims.METRICS, "m", "metric")
     found = made_up(A=[.3, .6, .9], B=[.2, .51, .79])  # the seeds differ by far more than the arms, always A's way
     assert found["verdict"] == HOLDS and found["compared"][0]["differences"] == pytest.approx([.1, .09, .11])
     claim = replace(CLAIMS["linear"], arms={"A": "scratch_1s", "B": "tuned_1s"}, metrics=("m",))
     other = made_up(A=[.2, .51, .79], B=[.3, .6, .9])
     assert other["verdict"] == FAILS and claims.digest(other) != claims.digest(found)
-    claims.print_claim("linear", claim, other)
-    printed = " ".join(capsys.readouterr().out.split())
+    printed = " ".join(claims.claim_text("linear", claim, other).split())
     assert "| A | 0.500 ± 0.733 |" in printed and "A - B: -0.100 ± 0.025 (claim: > 0): does not hold here" in printed
     assert "**does not hold here**. Likely why: " + claim.if_not in printed and claim.paper in printed
     gap = (Expect("m", ("A", "B"), ("B", "A")),)  # the gap A - B is larger than the gap B - A
@@ -129,6 +128,7 @@ def test_one_claim_is_run_once(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "3 of 3" in printed and "minutes left" in printed and "cannot tell" in printed
     assert json.loads((tmp_path / "out/results.json").read_text()) == results
+    assert (tmp_path / "out/claims.md").read_text() in printed
     entry = results["claims"]["tiny"]
     assert entry["verdict"] == UNKNOWN and results["seeds"] == [3] and len(results["hash"]) == 16
     assert len(results["arms"]["tuned_ridge"]["seconds"]) == 1 and results["arms"]["tuned_ridge"]["flags"]["train"]
