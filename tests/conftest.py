@@ -5,10 +5,15 @@
 
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # networks this small gain nothing from a second thread
+# Nothing of the machine's own: one thread, for two sum in another order; no GPU, where train.py works in bfloat16; no
+# judges that somebody once downloaded; no proxy and no offline mode between test_hub.py and its server.
+NOWHERE = str(Path(__file__).parent / "nowhere")
+os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TORCH_HOME": NOWHERE, "HF_HUB_CACHE": NOWHERE,
+               "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import pytest  # noqa: E402
@@ -22,6 +27,14 @@ def smoke_world(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("worlds") / "toy-smoke"
     toy.build_world(path, toy.SMOKE, seed=0)
     return path
+
+
+@pytest.fixture(autouse=True)
+def own_sigterm():
+    """An error within a training leaves its handler (processes.noting_sigterm): not to the next test."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture

@@ -47,8 +47,9 @@ def disk(tmp_path):
 
 def fill(disk: Path, leave: int = 0) -> None:
     """Another program's file takes all but `leave` bytes, in whole pages."""
+    space = os.statvfs(disk)
     with open(disk / "other", "ab", buffering=0) as file:
-        file.write(bytes(max(0, os.statvfs(disk).f_bavail * 4096 - leave)))
+        file.write(bytes(max(0, space.f_bavail * space.f_frsize - leave)))
 
 
 def refused(main, capfd, *names: str) -> str:

@@ -31,7 +31,6 @@ from judges import Missing  # noqa: E402
 N = len(IMAGES)
 CAPTIONS = [f"a {colour} ball on {ground} at {time}" for colour in ("red", "blue", "white")
             for ground in ("grass", "sand", "snow") for time in ("night", "noon")][:N]
-REGIONS = ("nsd_general", "V1", "V2")  # that the micro world's mask file has
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +199,7 @@ def test_second_call_loads_no_network(world, bench, tmp_path, monkeypatch):
     assert ev.main(arguments) == first and set(bench.loads.values()) == {1}
 
 
-def test_kept_features_follow_pictures_networks_and_antialias(world, bench, tmp_path, monkeypatch):
+def test_kept_features_follow_pictures_networks_and_antialias(world, bench, tmp_path):
     arguments = write_evals(world, tmp_path)
     first = ev.main(arguments)
     seen = data.Images(world)[IMAGES]

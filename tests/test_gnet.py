@@ -214,16 +214,9 @@ def test_right_pictures_beat_shuffled_ones(small_world):
     assert (table.diag() > table).double().mean() * len(table) / (len(table) - 1) > .85  # two-way identification
 
 
-def test_all_subjects_are_fitted_and_a_seed_makes_one_file(smoke_world, tmp_path):
+def test_all_subjects_are_fitted(smoke_world):
     for subject, num_voxels in enumerate(toy.SMOKE.voxels, 1):
         assert gnet.load_gnet(smoke_world, subject, "cpu").predict(pictures(1)).shape == (1, num_voxels)
-    for name in ("one", "two", "other"):
-        toy.build_world(tmp_path / name, toy.SMOKE, seed=int(name == "other"))
-    one, two, other = (torch.load(tmp_path / name / gnet.FILE, weights_only=True)["best_params"]
-                       for name in ("one", "two", "other"))
-    for part, key in ((("enc",), "pre.conv1.0.weight"), (("fwrfs", 1), "w")):
-        a, b, c = (best[part[0]] if len(part) == 1 else best[part[0]][part[1]] for best in (one, two, other))
-        assert torch.equal(a[key], b[key]) and not torch.equal(a[key], c[key])
 
 
 def test_only_training_trials_are_fitted(world_copy):

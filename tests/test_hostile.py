@@ -359,7 +359,7 @@ add(train, TRAIN, IMAGES, "--data_path", spoilt(IMAGES) | {
 add(train, TRAIN, TAR, "--data_path", spoilt(TAR) | {
     "of no members": tar(TAR, lambda members: []),
     "with ../ names": tar(TAR, renamed("sample", "../../sample")),
-    "with absolute names": tar(TAR, renamed("sample", "/tmp/sample")),
+    "with absolute names": lambda folder: tar(TAR, renamed("sample", f"{folder.parent}/sample"))(folder),
     "with a member twice": tar(TAR, lambda members: [members[0], *members]),
     "without behav": tar(TAR, renamed(".behav.npy", ".behave.npy")),
     "with a behav of 16 columns": tar(TAR, behav(lambda row: row[..., :16])),

@@ -543,7 +543,7 @@ def test_a_whole_world_is_ok(smoke_world):
         nsd.check(smoke_world / "evals")
 
 
-def test_nsds_own_numbers_are_asked_of_nsd(tmp_path, monkeypatch):
+def test_nsds_own_numbers_are_asked_of_nsd(monkeypatch):
     monkeypatch.setattr(nsd, "NSD_IMAGES", 108)
     monkeypatch.setattr(nsd, "NSD_TRIALS", 15)
     monkeypatch.setattr(nsd, "NSD_SHARED", 12)

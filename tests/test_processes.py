@@ -61,8 +61,7 @@ def has_no_gradient(name: str) -> bool:
         "attentions" in name or "up_blocks.2" in name)
 
 
-@pytest.mark.parametrize("one, several", [("one", "four"), ("one of 2", "2 apart")])  # so do two, and four apart
-def test_several_processes_learn_as_one(smoke_world, cache, tmp_path, one, several):
+def test_several_processes_learn_as_one(smoke_world, cache, tmp_path):
     """Six steps of 8 trials: all losses and weights, of one process and of several that share each step's trials.
 
     With --gather_negatives ("two", "four") they equal one process as it is, without it ("apart") one whose contrastive
@@ -72,20 +71,22 @@ def test_several_processes_learn_as_one(smoke_world, cache, tmp_path, one, sever
     size of the learning rate (up to 3e-4), so where a gradient is near zero, rounding shows: up to 4e-6 in a weight,
     and up to six steps where it is nothing else. What the flag changes is a thousand times larger: 20% of the loss.
     """
-    b, a = trained(smoke_world, cache, tmp_path, several, one)
-    assert len(a["losses"]) == 6
-    np.testing.assert_allclose(b["losses"], a["losses"], rtol=2e-6)
-    for name, weight in a["weights"].items():
-        most = 6 * 2 * 3e-4 if has_no_gradient(name) else 2e-5
-        assert (b["weights"][name] - weight).abs().max() <= most, name
-
-    trials = [record["trials"] for record in b["records"]]  # (processes, steps, trials)
-    for step, together in enumerate(a["records"][0]["trials"]):
-        shares = [own[step] for own in trials]
-        assert sum(shares, []) == together and len(set(together)) == 8
-    assert b["records"][0]["encoded"] > 20  # one process fills the cache
-    assert all(record["encoded"] <= 1 for record in b["records"][1:] + a["records"])  # others look at a sample
-    assert b["records"][0]["writes"] and not any(record["writes"] for record in b["records"][1:])
+    names = ["four", "one", "2 apart", "one of 2"]  # "two" and "4 apart" do so, too
+    runs = dict(zip(names, trained(smoke_world, cache, tmp_path, *names), strict=True))
+    encoded = [record["encoded"] for name in names for record in runs[name]["records"]]
+    assert encoded[0] > 20 and max(encoded[1:]) <= 1  # one process fills the cache, others look at a sample
+    for one, several in (("one", "four"), ("one of 2", "2 apart")):
+        a, b = runs[one], runs[several]
+        assert len(a["losses"]) == 6
+        np.testing.assert_allclose(b["losses"], a["losses"], rtol=1e-5)
+        for name, weight in a["weights"].items():
+            most = 6 * 2 * 3e-4 if has_no_gradient(name) else 1e-4
+            assert (b["weights"][name] - weight).abs().max() <= most, name
+        trials = [record["trials"] for record in b["records"]]  # (processes, steps, trials)
+        for step, together in enumerate(a["records"][0]["trials"]):
+            shares = [own[step] for own in trials]
+            assert sum(shares, []) == together and len(set(together)) == 8
+        assert b["records"][0]["writes"] and not any(record["writes"] for record in b["records"][1:])
 
 
 def test_batches_of_all_processes_show_no_image_twice():

@@ -12,7 +12,6 @@ import checkpoints
 import train
 from model import UserError
 
-ROOT = Path(__file__).parents[1]
 # Three epochs; BiMixCo in the first, SoftCLIP after.
 FLAGS = ["--model_name=a", "--num_epochs=3", "--mixup_pct=.4", "--ckpt_interval=1", "--val_sessions=1", "--resume",
          "--batch_size=3", *SMALL]

@@ -20,6 +20,7 @@ import data
 import judges
 import metrics
 import recon
+import report
 import toy
 from frozen import decode_latents, encode_latents, load_captioner, load_clip, load_unclip
 from model import UserError
@@ -180,7 +181,8 @@ def test_voxels_are_z_scored_by_the_training_trials_and_as_noisy_as_brains(world
 def test_a_seed_makes_one_world(smoke_world, tmp_path):
     toy.build_world(tmp_path / "same", toy.SMOKE, seed=0)
     toy.build_world(tmp_path / "other", toy.SMOKE, seed=1)
-    for name in ("wds/subj01/train/0.tar", "betas_all_subj05_fp32_renorm.hdf5", "coco_images_224_float16.hdf5"):
+    for name in ("gnet_multisubject.pt", "wds/subj01/train/0.tar", "betas_all_subj05_fp32_renorm.hdf5",
+                 "coco_images_224_float16.hdf5"):
         folders = tmp_path / "same", tmp_path / "other", smoke_world
         same, other, ours = ((folder / name).read_bytes() for folder in folders)
         assert same == ours != other
@@ -251,6 +253,7 @@ def test_rates_count_words_by_kind():
 
 def test_smoke_from_end_to_end(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(report, "umap_points", lambda between: np.zeros((len(between), 2)))  # test_report.py's, slow
     results = toy.main(["--smoke"])
     folder = tmp_path / "toy-smoke"
     assert json.loads((folder / "results.json").read_text()) == results

@@ -81,11 +81,14 @@ def test_one_seed_one_model(smoke_world, tmp_path):
     assert not torch.equal(a["backbone.backbone_linear.weight"], c["backbone.backbone_linear.weight"])
 
 
-def test_gradient_checkpointing_changes_no_weight(smoke_world, tmp_path):
+def test_gradient_checkpointing_changes_no_weight(smoke_world, tmp_path, monkeypatch):
+    calls, forward = [], networks.PriorLayer.forward
+    monkeypatch.setattr(networks.PriorLayer, "forward", lambda self, *args: calls.append(1) or forward(self, *args))
     run(smoke_world, tmp_path, "--model_name=a", *SMALL)
+    once = len(calls)
     run(smoke_world, tmp_path, "--model_name=b", "--gradient_checkpointing", *SMALL)
     a, b = (weights(tmp_path, name) for name in "ab")
-    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert all(torch.equal(a[key], b[key]) for key in a) and len(calls) > 2 * once
 
 
 def test_checkpointed_layers_are_computed_twice(monkeypatch):

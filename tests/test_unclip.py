@@ -8,6 +8,7 @@ import csv
 import io
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.resnet import ResnetBlock2D
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -406,11 +408,15 @@ def test_only_cross_attention_learns(world, tmp_path):
     assert any("to_k" in name for name in changed)
 
 
-def test_gradient_checkpointing_changes_no_weight(world, tmp_path):
+def test_gradient_checkpointing_changes_no_weight(world, tmp_path, monkeypatch):
+    calls, forward = [], ResnetBlock2D.forward
+    monkeypatch.setattr(ResnetBlock2D, "forward", lambda self, *given, **more: (
+        calls.append(1) if self.training else None, forward(self, *given, **more))[1])  # the VAE's are not in training
     run(world, tmp_path, "--num_steps=2", "--model_name=plain")
+    once = len(calls)
     run(world, tmp_path, "--num_steps=2", "--model_name=twice", "--gradient_checkpointing")
     a, b = weights(tmp_path, "plain"), weights(tmp_path, "twice")
-    assert all((a[key].float() - b[key].float()).abs().max() < 1e-3 for key in a)
+    assert all((a[key].float() - b[key].float()).abs().max() < 1e-3 for key in a) and len(calls) > 2 * once
 
 
 def test_random_weights_from_a_config(world, tmp_path):
@@ -425,7 +431,7 @@ def test_random_weights_from_a_config(world, tmp_path):
     assert again["history"] == {} and same(weights(tmp_path), weights(tmp_path, "same"))
 
 
-def test_shared_images_are_held_out(world, tmp_path):
+def test_shared_images_are_held_out(tmp_path):
     folder = tmp_path / "nsd"
     make_data(folder)
     np.save(folder / "shared1000.npy", np.isin(np.arange(40), [3, 9, 12]))
@@ -475,17 +481,23 @@ def test_config_without_vae(world, tmp_path):
         run(world, tmp_path, f"--base={world / 'sdxl/unet/config.json'}")
 
 
-def test_two_processes_and_exit_code(world, tmp_path):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29617"]
+def test_two_processes(world, tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     words = [f"--data_path={world}", f"--train_logs={tmp_path}", *FAST, "--num_steps=2", "--num_eval=4"]
     done = subprocess.run([*launch, unclip.__file__, *words], capture_output=True, text=True, cwd=tmp_path,
-                          env=os.environ | {"ACCELERATE_USE_CPU": "true"})
+                          timeout=300, env=os.environ | {"ACCELERATE_USE_CPU": "true"})
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "decoder/table9.csv").exists() and "PixCorr" in done.stdout
     state = tmp_path / "decoder/state/step_00000002"
     assert (state / "random_states_1.pkl").exists()
-    done = subprocess.run([sys.executable, unclip.__file__, "--data_path=nowhere"], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "nowhere" in done.stderr
+
+
+def test_exit_code(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["unclip.py", "--data_path=nowhere"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(unclip.__file__, run_name="__main__")
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.count("\n") == 1 and "nowhere" in said
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ def load(folder, name):
 # ---- the first layer (Table 4)
 
 def test_a_linear_first_layer_is_linear_and_an_mlp_is_not():
+    torch.manual_seed(0)
     x = torch.randn(5, 7)
     for kind, is_linear in (("linear", True), ("mlp", False)):
         ridge = m.MindEye2(**TINY, ridge=kind).eval().ridge
@@ -134,7 +135,7 @@ def test_fine_tuning_the_ridge_alone(smoke_world, pretrained):  # noqa: F811
     assert not torch.allclose(weights(pretrained, "ridge")["ridge.linears.0.weight"], first.weight, atol=1e-2)
 
 
-def test_low_rank_fine_tuning(smoke_world, pretrained, tmp_path, monkeypatch):  # noqa: F811
+def test_low_rank_fine_tuning(smoke_world, pretrained, tmp_path):  # noqa: F811
     """Only the ridge and the corrections learn; a killed run goes on exactly; other stages load it, strictly."""
     start = f"--multisubject_ckpt={pretrained / 'train_logs/pretrained'}"
     flags = [start, "--finetune=lora", "--lora_rank=3", "--max_lr=1e-2", "--ckpt_interval=1", "--resume"]
