@@ -51,6 +51,7 @@ from checkpoints import reading
 from data import (
     Images,
     average_repeats,
+    data_folder,
     h5_path,
     load_region_masks,
     load_trials,
@@ -70,7 +71,9 @@ from model import UserError, run_main
 NSD_IMAGES = (73000, 224)  # number and side of the pictures in NSD's file: others are of another dataset
 JUDGE_ROWS = {"alexnet": ("alex2", "alex5"), "inception": ("inception",), "clip_l": ("clip_l",),
               "efficientnet": ("efficientnet",), "swav": ("swav",)}
-MADE_BY = {"blurryrecons": "recon.py --blurry_recon", "enhancedrecons": "refine.py",
+JUDGED_SIZE = 256  # pixels, as in the original; smaller pictures are not enlarged
+KINDS = ("recons", "enhancedrecons", "blurryrecons")
+MADE_BY = {"recons": "recon.py", "blurryrecons": "recon.py --blurry_recon", "enhancedrecons": "refine.py",
            "predcaptions": "recon.py --captions"}  # optional file: the stage that writes it
 
 
@@ -84,7 +87,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--compare", nargs=2, metavar=("MODEL_A", "MODEL_B"), help="instead of evaluating, compare two models that "
         "were evaluated: mean difference of each row over the same images, its 95%% interval, and how likely chance "
         "alone makes one as large")
-    add("--data_path", default="toy", help="folder of the data; NSD's in the paper")
+    add("--data_path", default=data_folder(), help="folder of the data; NSD's in the paper")
     add("--cache_dir", help="folder of the frozen networks; None = --data_path")
     add("--evals", default="evals", help="folder of the reconstructions and of the output")
     add("--tables", default="tables", help="folder of the table, a .csv file")
@@ -179,14 +182,13 @@ def read_masks(args: argparse.Namespace) -> dict[str, np.ndarray] | None:
 def read_pictures(args: argparse.Namespace, rows: np.ndarray) -> tuple[SimpleNamespace, dict[str, SimpleNamespace]]:
     """The images seen, and {"recons": .., ..} whichever there are: `identified` pictures (n, 3, H, H) in [0, 1].
 
-    All get the size of the reconstructions, 256 in the release: the original enlarges the images from 224 before
-    anything else, CLIP's tokens included.
+    All get the size of the reconstructions, at most 256: the original makes the images larger, from 224, and published
+    refined pictures smaller, from 512, before anything else, CLIP's tokens included.
     """
-    pictures = {"recons": read(args, "recons", len(rows))}
-    for name in ("enhancedrecons", "blurryrecons"):
-        if output(args, f"all_{name}.pt").exists():
-            pictures[name] = read(args, name, len(rows))
-    seen, size = Images(args.data_path)[rows], pictures["recons"].shape[-1]
+    needed = "enhancedrecons" if "enhancedrecons" in Path(args.all_recons_path or "").name else "recons"
+    pictures = {name: read(args, name, len(rows)) for name in KINDS
+                if name == needed or output(args, f"all_{name}.pt").exists()}
+    seen, size = Images(args.data_path)[rows], min(JUDGED_SIZE, pictures.get("recons", pictures[needed]).shape[-1])
     seen, *others = (resized(x, size, args.antialias) for x in (seen, *pictures.values()))
     pictures = dict(zip(pictures, others, strict=True))
     if "enhancedrecons" in pictures and "blurryrecons" in pictures:  # section 2.5: the blurry one adds low-level truth
@@ -367,7 +369,7 @@ def evaluate(args: argparse.Namespace) -> SimpleNamespace:
         result.unlike = "another dataset"
     elif len(rows) < total:
         result.unlike = f"all {total} images"
-    for name in ("enhancedrecons", "blurryrecons"):
+    for name in KINDS:
         if name not in pictures:
             absent = [f"{name}/{metric}" for metric in (*PICTURES, *(f"brain_{region}" for region in REGIONS))]
             skip(result, absent, f"{output(args, f'all_{name}.pt')} does not exist: {MADE_BY[name]} makes it.")

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import diffusers
+import huggingface_hub
 import open_clip
 import safetensors.torch
 import torch
@@ -152,6 +153,17 @@ class FrozenCLIP(nn.Module):
         return self.clip.encode_text(words, normalize=True)                             # (n, E)
 
 
+def hub_place(cache_dir: str | Path, repository: str, *files: str) -> str | None:
+    """Where a library finds or keeps a network of the hub: cache_dir; None, its own place, if only that has it.
+
+    There the original's code left it.
+    """
+    def has(place: str | None) -> bool:
+        return any(isinstance(huggingface_hub.try_to_load_from_cache(repository, file, cache_dir=place), str)
+                   for file in files)
+    return None if has(None) and not has(str(cache_dir)) else str(cache_dir)
+
+
 def load_clip(cache_dir: str | Path, device: str | torch.device, dtype: torch.dtype = torch.float32) -> FrozenCLIP:
     """CLIP from cache_dir/clip (an open_clip folder) or else ViT-bigG/14, kept in or downloaded to cache_dir.
 
@@ -161,8 +173,10 @@ def load_clip(cache_dir: str | Path, device: str | torch.device, dtype: torch.dt
     name, weights, place = "ViT-bigG-14", "laion2b_s39b_b160k", Path(cache_dir)
     if folder.exists():
         name, weights, place = f"local-dir:{folder}", None, folder
+    hub = hub_place(cache_dir, "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k", "open_clip_model.safetensors",
+                    "open_clip_pytorch_model.bin")
     with reading(place, "--cache_dir", must_exist=False):
-        clip = open_clip.create_model(name, pretrained=weights, cache_dir=str(cache_dir), require_pretrained=True)
+        clip = open_clip.create_model(name, pretrained=weights, cache_dir=hub, require_pretrained=True)
         tokenizer = open_clip.get_tokenizer(name, cache_dir=str(cache_dir))
     return for_inference(FrozenCLIP(clip, tokenizer), device, dtype)
 
@@ -560,7 +574,10 @@ def load_captioner(cache_dir: str | Path, device: str | torch.device, dtype: tor
         (seq_out, seq_in), (dim_out, dim_in) = state["linear1.weight"].shape, state["linear2.weight"].shape
         converter = CLIPConverter(seq_in, seq_out, dim_in, dim_out)
         converter.load_state_dict(state)
-    name, place = (folder, {}) if folder.exists() else ("microsoft/git-large-coco", {"cache_dir": str(cache_dir)})
+    name, place = folder, {}
+    if not folder.exists():
+        name = "microsoft/git-large-coco"
+        place = {"cache_dir": hub_place(cache_dir, name, "model.safetensors", "pytorch_model.bin")}
     with reading(folder, "--cache_dir, or pass --no-captions", must_exist=False):
         git = GitForCausalLM.from_pretrained(name, **place)
         tokenizer = AutoTokenizer.from_pretrained(name, **place)

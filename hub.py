@@ -307,8 +307,8 @@ def network_is_here(name: str, cache_dir: Path) -> bool:
     repository, weights, _ = NETWORKS[name]
     return any((cache_dir / name).glob("*.safetensors")) or any(
         (cache_dir / name / file).exists()
-        or isinstance(huggingface_hub.try_to_load_from_cache(repository, file, cache_dir=cache_dir), str)
-        for file in weights)
+        or isinstance(huggingface_hub.try_to_load_from_cache(repository, file, cache_dir=place), str)
+        for file in weights for place in (cache_dir, None))
 
 
 def read_record(path: Path) -> tuple[dict, dict]:

@@ -498,7 +498,7 @@ def check_shared(data_path, images: int | None) -> tuple[np.ndarray | None, tupl
     except UserError as error:
         return None, ("shared1000.npy", str(error))
     if shared is None:
-        return None, ("shared1000.npy", "is missing: " + MEND.removeprefix("delete it, then "))
+        return None, ("shared1000.npy: not there, as after the original's download; column 16 of the tars says it", "")
     if images not in (None, len(shared)):
         return None, ("shared1000.npy", problem(True, f"has {len(shared)} rows for {images} images"))
     count = int(shared[:NSD_IMAGES].sum())

@@ -53,6 +53,7 @@ from checkpoints import load_model as load_model_file
 from checkpoints import reading
 from data import (
     Images,
+    data_folder,
     embed_images,
     load_region_masks,
     load_trials,
@@ -77,7 +78,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--model_name", default="testing", help="a name: folder of the checkpoint in --train_logs and of the output; "
         "one of the release's that is not there is downloaded")
     add("--tag", default="last", help="a name: which checkpoint of the model, TAG.pth; the paper's is last")
-    add("--data_path", default="toy", help="folder of the data; NSD's in the paper")
+    add("--data_path", default=data_folder(), help="folder of the data; NSD's in the paper")
     add("--cache_dir", help="folder of the frozen networks; None = --data_path")
     add("--unclip", help="folder of the image decoder in diffusers' layout; None = CACHE_DIR/unclip, made from "
                          "CACHE_DIR/unclip6_epoch0_step110000.ckpt if that is there instead")
@@ -490,9 +491,12 @@ def save_grid(path: Path, rows: list[tuple[str, Tensor, list[str]]], titles: lis
 
 def write(prefix: str, arrays: dict, brains: SimpleNamespace) -> None:
     """All files of the run; what an earlier run left and this one does not make would be taken for this one's."""
-    for name in ("blurryrecons", "predcaptions", "enhancedrecons"):  # the last: refine.py's, of the earlier pictures
+    for name in ("blurryrecons", "predcaptions"):
         if name not in arrays:
             Path(f"{prefix}_all_{name}.pt").unlink(missing_ok=True)
+    refined = Path(f"{prefix}_all_enhancedrecons.pt")
+    if refined.exists():  # of earlier pictures: refine.py's, or the release's, gigabytes to fetch again
+        refined.replace(refined.with_suffix(".old.pt"))
     for name, array in arrays.items():
         save(Path(f"{prefix}_all_{name}.pt"), array)
     captions = list(arrays.get("predcaptions", [""] * len(brains.ids)))

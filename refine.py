@@ -49,7 +49,7 @@ import frozen
 import processes
 from arrays import load_array, load_texts
 from checkpoints import reading
-from data import Images, load_trials, repeats, resized
+from data import Images, data_folder, load_trials, repeats, resized
 from files import save
 from model import UserError, run_main
 from recon import (
@@ -79,7 +79,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("refine.py", description=__doc__.split("\n\n")[0], formatter_class=formatter)
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     add("--model_name", default="testing", help="a name: folder of the reconstructions in --evals, and of the output")
-    add("--data_path", default="toy", help="folder of the data; NSD's in the paper")
+    add("--data_path", default=data_folder(), help="folder of the data; NSD's in the paper")
     add("--cache_dir", help="folder of the frozen networks; None = --data_path")
     add("--sdxl", help="SDXL: a folder of diffusers' StableDiffusionXLPipeline, or one .safetensors file in the "
                        f"original format; None = CACHE_DIR/sdxl, or else CACHE_DIR/{SDXL_FILE}, the paper's")

@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from arrays import load_array, load_scores, load_texts
 from checkpoints import reading, torch_load
-from data import Images, load_trials, repeats, resized
+from data import Images, data_folder, load_trials, repeats, resized
 from files import replacing
 from frozen import load_clip
 from model import UserError, run_main
@@ -67,7 +67,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("report.py", description=__doc__.split("\n\n")[0], formatter_class=formatter)
     add = parser.add_argument
     add("--model_name", default="testing", help="a name: folder in --evals, whose files are read")
-    add("--data_path", default="toy", help="folder of the data; NSD's in the paper")
+    add("--data_path", default=data_folder(), help="folder of the data; NSD's in the paper")
     add("--cache_dir", help="folder of the frozen networks; None = --data_path")
     add("--evals", default="evals", help="folder of the reconstructions, the scores and the report")
     add("--tables", default="tables", help="folder of evaluate.py's CSV tables")

@@ -57,7 +57,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description="Train MindEye2.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag = argparse.BooleanOptionalAction
     p.add_argument("--model_name", default="testing", help="run name: folder in train_logs that receives everything")
-    p.add_argument("--data_path", help="folder of the dataset; none: the toy world in ./toy, built if it is missing")
+    p.add_argument("--data_path", help="folder of the dataset; none: this one if it has wds/, as in the original, else "
+                                       "the toy world in ./toy, built if it is missing")
     p.add_argument("--cache_dir", help="folder of the frozen networks and their cached targets; none: data_path")
     p.add_argument("--subj", type=int, default=1,
                    help="subject to train on, 1 to 8 in NSD; with --multi_subject the one LEFT OUT of pretraining")
@@ -392,8 +393,8 @@ def save_samples(folder: Path, last: dict, targets: SimpleNamespace) -> None:
 def check_args(args: argparse.Namespace) -> None:
     """Fill in the folders, building the toy world if none is named; raise UserError for flags that do not fit."""
     if args.data_path is None:
-        args.data_path = "toy"
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        args.data_path = data.data_folder()
+        if args.data_path == "toy" and int(os.environ.get("LOCAL_RANK", 0)) == 0:
             import toy  # the only place where a stage hears of the toy: no other dataset can be made from nothing
             toy.build_world(Path("toy"))
     args.cache_dir = args.cache_dir or args.data_path

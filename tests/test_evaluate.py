@@ -388,6 +388,17 @@ def test_report_gets_all_it_needs(world, bench, tmp_path, monkeypatch, capsys):
     assert found["recons/pixcorr"] < .2 and len(calls) == 1 and "wrote no report" in capsys.readouterr().out
 
 
+def test_published_refined_pictures_alone(world, bench, tmp_path):
+    """The original's command: its refined pictures are of 512 pixels, judged at 256, and no others are needed."""
+    arguments, big = write_evals(world, tmp_path), tmp_path / "released_all_enhancedrecons.pt"
+    seen = data.Images(world)[IMAGES]
+    save(big, data.resized(seen.sqrt(), 512))
+    (tmp_path / "micro" / "micro_all_recons.pt").unlink()
+    found = ev.main([*arguments, "--all_recons_path", str(big), "--blend", "1"])
+    expected = mt.pixcorr(data.resized(seen, 256), data.resized(data.resized(seen.sqrt(), 512), 256)).mean().item()
+    assert found["enhancedrecons/pixcorr"] == pytest.approx(expected) and "recons/pixcorr" not in found
+
+
 @pytest.mark.parametrize("change, sentence", [
     ({"recons": None}, "micro_all_recons.pt does not exist: run recon.py first"),
     ({"recons": torch.full((N, 3, 8, 8), torch.nan)}, "micro_all_recons.pt holds NaN"),

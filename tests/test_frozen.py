@@ -97,6 +97,15 @@ def test_vae_file_with_old_attention_names(tmp_path, monkeypatch):
     assert all(torch.equal(value, loaded[name]) for name, value in vae.state_dict().items())
 
 
+def test_what_the_original_downloaded_is_not_fetched_again(monkeypatch):
+    cached = set()
+    monkeypatch.setattr(m.huggingface_hub, "try_to_load_from_cache",
+                        lambda repository, file, cache_dir: "a path" if (cache_dir, file) in cached else None)
+    for there, place in (((), "cache"), ((None, "b"), None), (("cache", "a"), "cache")):
+        cached |= {there}
+        assert m.hub_place("cache", "some/network", "a", "b") == place
+
+
 def test_teacher_folder(tmp_path):
     config = m.ConvNextModel.config_class(hidden_sizes=[8, 16, 32, 512], depths=[1, 1, 1, 1])
     network = m.ConvNextModel(config).eval()

@@ -290,7 +290,10 @@ def test_command_line_prepares_two_subjects_and_checks(raw, prepared, tmp_path, 
     assert all(line.startswith("ok ") for line in lines[:-1]) and "as it should be" in lines[-1]
     with pytest.raises(UserError, match="is there already: pass --overwrite"):
         nsd.main(["prepare", "--nsd_path", str(root), "--data_path", str(out)])
-    (out / "shared1000.npy").unlink()
+    (out / "shared1000.npy").unlink()  # as after the original's download, which leaves it out
+    nsd.main(["check", "--data_path", str(out)])
+    assert "ok     shared1000.npy: not there" in capsys.readouterr().out
+    (out / "shared1000.npy").write_bytes(b"\x93NUMPY")
     with pytest.raises(SystemExit) as stop:
         run_main(lambda: nsd.main(["check", "--data_path", str(out)]))
     assert stop.value.code == 2 and "1 things are wrong" in capsys.readouterr().err
@@ -500,7 +503,6 @@ DAMAGE = {  # what was done: how, and what must be said of which file
     "masks of a region": (edit_h5(MASKS, "subj01/V3", lambda m: None), "no region V3"),
     "masks too long": (edit_h5(MASKS, "subj01/V2", lambda m: np.append(m, True)), r"'V2': \(61,\)} do not fit the 60"),
     "masks empty": (edit_h5(MASKS, "subj01/V4", lambda m: m & False), r"no voxel in \['V4'\]"),
-    "shared1000 missing": (remove("shared1000.npy"), "shared1000.npy: is missing"),
     "shared1000 damaged": (lambda w: (w / "shared1000.npy").write_bytes(b"\x93NUMPY"), "shared1000.npy is damaged"),
     "shared1000 short": (lambda w: np.save(w / "shared1000.npy", np.ones(9, bool)),
                          "shared1000.npy: has 9 rows for 108 images"),

@@ -264,6 +264,7 @@ def test_a_killed_run_with_another_decoder_is_not_gone_on_with(world, tmp_path, 
     stale = tmp_path / "micro/micro_all_enhancedrecons.pt"
     stale.write_text("refined from other pictures")
     assert (world.run(*flags)["recons"] == .25).all() and not stale.exists()
+    assert stale.with_suffix(".old.pt").read_text() == "refined from other pictures"  # perhaps the release's
 
 
 def test_the_sample_nearest_to_the_brain_is_kept(world, monkeypatch):

@@ -315,6 +315,15 @@ def test_wrong_flags(smoke_world, pretrained, tmp_path, flags, words):
     assert not (tmp_path / "train_logs").exists()
 
 
+def test_the_folder_that_one_is_in_is_read_if_it_has_data(tmp_path, monkeypatch):
+    """As by the original, whose README's command names no --data_path; the toy world would be trained on instead."""
+    (tmp_path / "wds").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="wds/subj02/train/0.tar is missing"):
+        train.main(["--multi_subject", "--subj=1"])
+    assert recon.parse([]).data_path == "." and not (tmp_path / "toy").exists()
+
+
 def test_another_gradient_accumulation_of_the_launcher_is_refused(smoke_world, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")  # as a DeepSpeed config sets it
     with pytest.raises(UserError, match="gradient_accumulation_steps=1, not 3: .*--config_file"):
