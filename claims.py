@@ -472,7 +472,7 @@ def check(claim: Claim, scores: dict[str, list[dict]]) -> dict:
 
 
 def title(arm: str | tuple[str, str]) -> str:
-    return f"({arm[0]} - {arm[1]})" if isinstance(arm, tuple) else arm
+    return arm if isinstance(arm, str) else f"({arm[0]} - {arm[1]})"  # JSON made a list of the two
 
 
 def difference(entry: dict) -> str:
