@@ -125,6 +125,14 @@ def output(args: argparse.Namespace, name: str) -> Path:
     return Path(args.evals) / args.model_name / f"{args.model_name}_{name}"
 
 
+def judges_own_pictures(args: argparse.Namespace) -> bool:
+    """Whether the report, which shows what recon.py and refine.py wrote for the model, shows what was judged."""
+    folder = Path(args.evals, args.model_name)
+    own = [folder / f"{args.model_name}_all_{name}.pt" for name in ("recons", "enhancedrecons")]
+    given = Path(args.all_recons_path or own[0])
+    return own[0].exists() and given.resolve() in [path.resolve() for path in own]
+
+
 def read(args: argparse.Namespace, name: str, count: int) -> Tensor:
     """One of recon.py's or refine.py's tensors (count, ..). Raises UserError: missing, damaged, or of other images."""
     path, stage = output(args, f"all_{name}.pt"), MADE_BY.get(name, "recon.py")
@@ -510,8 +518,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     write(args, argv, result, rows)
     print_table(args, result, rows)
     print(f"wrote {output(args, 'metrics.json')}, {output(args, 'scores.pt')} and {table_file(args)}")
-    if args.report and args.all_recons_path:
-        print("wrote no report: it would show the model's own pictures beside the numbers of --all_recons_path.")
+    if args.report and not judges_own_pictures(args):
+        print("wrote no report: it would show other pictures than --all_recons_path's, or needs recon.py's.")
     elif args.report:
         from report import write_report  # only here, for it draws with libraries that the numbers do not need
         print("wrote", write_report(args.model_name, Path(args.evals), Path(args.tables), Path(args.data_path),

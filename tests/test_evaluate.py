@@ -382,10 +382,13 @@ def test_report_gets_all_it_needs(world, bench, tmp_path, monkeypatch, capsys):
     assert (data_path, cache_dir, subj, new_test, logs) == (world, world, SUBJECT, True, Path("train_logs"))
     assert torch.allclose(more["clip_images"], load_clip(world, "cpu").tokens(data.Images(world)[IMAGES]))
     assert "wrote report.html" in capsys.readouterr().out
+    own = tmp_path / "micro" / "micro_all_enhancedrecons.pt"  # the original's command names it: all is as without
+    ev.main([*write_evals(world, tmp_path)[:-1], "--all_recons_path", str(own)])
+    assert len(calls) == 2 and "wrote report.html" in capsys.readouterr().out
     others = tmp_path / "enhancedrecons_run" / "others_all_recons.pt"  # the folder's name says nothing
     save(others, data.Images(world)[IMAGES].roll(1, 0))
     found = ev.main([*write_evals(world, tmp_path)[:-1], "--all_recons_path", str(others)])
-    assert found["recons/pixcorr"] < .2 and len(calls) == 1 and "wrote no report" in capsys.readouterr().out
+    assert found["recons/pixcorr"] < .2 and len(calls) == 2 and "wrote no report" in capsys.readouterr().out
 
 
 def test_published_refined_pictures_alone(world, bench, tmp_path):
