@@ -1,8 +1,8 @@
 """The paper's claims, and some of our own, as experiments that take minutes: `python toy.py --claims [NAME ..]`.
 
-Each claim trains what it compares, in three small worlds (scenes, brains and first weights differ), with the stages'
-own flags; prints the paper's numbers beside the toy's, and says whether the claim holds here. A claim that does not
-hold is printed as such, with a likely reason. What several claims need is trained once.
+Each claim trains what it compares, in three small worlds or more (scenes, brains and first weights differ), with the
+stages' own flags; prints the paper's numbers beside the toy's, and says whether the claim holds here. A claim that
+does not hold is printed as such, with a likely reason. What several claims need is trained once.
 
 In   nothing: worlds are built, as by toy.py but smaller
 Out  claims/claims.md                       what is printed: tables, comparisons, verdicts
@@ -12,7 +12,7 @@ Out  claims/claims.md                       what is printed: tables, comparisons
                    /evals/{arm}             what recon.py, refine.py and evaluate.py wrote
                    /arms/{arm}.json         flags, scores and seconds of an arm; one that is there is not made again
 
-    python toy.py --claims                  # all twelve, three seeds: under an hour on 2 cores
+    python toy.py --claims                  # all twelve, three seeds: 40 minutes on 2 cores; nine seeds: two hours
     python toy.py --claims finetune         # one of them, and what it needs: at most 15 minutes
 
 To add a claim, add what is to be trained to ARMS and an entry to CLAIMS. How the recipe was found: each arm's
@@ -530,7 +530,9 @@ def main(names: list[str], seeds: list[int], base: Path, smoke: bool = False, pr
                "arms": {arm: {"flags": flags_of(arm, sizes), "seconds": [of_seed["seconds"] for of_seed in known]}
                         for arm, known in arms.items()}}
     write_json(base / "results.json", results)
-    head = f"# The claims, in full\n\nSeeds {', '.join(map(str, seeds))}; numbers {results['hash']}.\n\n{RULE}\n"
+    asked = names if len(names) < len(CLAIMS) else []
+    command = " ".join(["python toy.py --claims", *asked, "--seed", *map(str, seeds)])
+    head = f"# The claims, in full\n\nPrinted by `{command}` (numbers {results['hash']}).\n\n{RULE}\n"
     text = "\n".join([head, *(claim_text(name, CLAIMS[name], found[name]) for name in names), table(found, seeds)])
     with files.replacing(base / "claims.md") as temporary:
         temporary.write_text(text + "\n")

@@ -6,7 +6,7 @@ that has only that session, and one that has all of them. No stage knows that th
 
     python toy.py                  # 12 minutes on 2 cores; toy/results.json, toy/headline.png, report.html
     python toy.py --seed 0 1 2     # two more worlds, brains and sets of models: how far does chance carry the table?
-    python toy.py --claims         # the paper's other claims, in smaller worlds, under an hour: claims.py
+    python toy.py --claims         # the paper's other claims, in smaller worlds, 40 minutes: claims.py
     python toy.py --smoke          # everything at its smallest, for tests
     python toy.py --train_frozen   # train the frozen networks anew first (toy_networks.py)
 
