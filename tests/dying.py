@@ -43,8 +43,8 @@ REFINE = [*PLACES[:2], PLACES[3], "--steps=2", "--batch_size=6", "--prompt=empty
 EVALUATE = [*PLACES, "--tables={folder}/tables", "--cache_dir={folder}/cache"]  # where are no judges: no features
 SIZES = "--hidden_dim=16 --prior_depth=1 --prior_dim_head=16 --num_epochs=2 --batch_size=8 --ckpt_interval=1".split()
 TRAIN = [*PLACES[:1], *PLACES[2:], "--cache_dir={folder}/cache", "--no-blurry_recon", "--resume", *SIZES]
-DECODER = [*PLACES[:1], PLACES[2], *FAST, "--num_steps=9", "--batch_size=2", "--num_val=4", "--num_eval=0",
-           "--base={folder}/tiny.json", "--vae={world}/vae", "--resolution=64"]
+DECODER = [*PLACES[:1], PLACES[2], *FAST, "--num_steps=9", "--batch_size=2", "--num_val=4", "--num_eval=4",
+           "--cache_dir={folder}/cache", "--base={folder}/tiny.json", "--vae={world}/vae", "--resolution=64"]
 
 # What is run, its flags, what it writes, and where it is killed: the ends of files about to be renamed, in turn.
 KILLED = {
@@ -162,25 +162,40 @@ def kill(folder: Path, world: Path, name: str) -> dict:
             "epoch": epoch, "said": errors.read_text()[-2000:]}
 
 
-def lose(folder: Path, world: Path, name: str) -> dict:
-    """Two processes, of which the second dies when it first calls a function: what the first says, and when it ends."""
-    stage, flags, module, function = LOST[name]
-    flags = [flag.format(folder=folder, world=world) for flag in flags]
+def both(stage: Callable, flags: list[str], texts: list[Path], before: Callable = lambda: None) -> list[int]:
+    """The two processes of a run; the second begins with before()."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
 
-    def before(rank: int) -> None:
+    def join(rank: int) -> None:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2",
                        "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "2"}
         if rank:
-            setattr(module, function, die)
+            before()
+    return [forked(lambda: stage(flags), text, lambda rank=rank: join(rank)) for rank, text in enumerate(texts)]
+
+
+def lose(folder: Path, world: Path, name: str) -> dict:
+    """Two processes, of which the second dies when it first calls a function: what the first says, and when it ends.
+
+    Then both again, to the end: what they write in evals/, and what of it differs from what one process wrote there.
+    """
+    stage, flags, module, function = LOST[name]
+    flags, alone = [flag.format(folder=folder, world=world) for flag in flags], content(folder, "evals")
     texts = [folder / f"{name} {rank}.txt" for rank in range(2)]
-    children = [forked(lambda: stage(flags), text, lambda rank=rank: before(rank)) for rank, text in enumerate(texts)]
+    children = both(stage, flags, texts, lambda: setattr(module, function, die))
     codes = [ended(children[1])]
     died = time.time()
     codes.insert(0, ended(children[0]))
-    return {"codes": codes, "seconds": time.time() - died, "said": texts[0].read_text()[-2000:]}
+    found = {"codes": codes, "seconds": time.time() - died, "said": texts[0].read_text()[-2000:]}
+    earlier = {path: path.stat().st_mtime_ns for path in (folder / "evals").rglob("*")}
+    again = [ended(child) for child in both(stage, flags, texts)]
+    written = [str(path.relative_to(folder)) for path in (folder / "evals").rglob("a_*.*")
+               if earlier.get(path) != path.stat().st_mtime_ns]
+    now = content(folder, "evals")
+    return found | {"again": again, "said_again": texts[0].read_text()[-2000:], "written": written,
+                    "different": [path for path in written if path in alone and now[path] != alone[path]]}
 
 
 def main(folder: Path, world: Path) -> None:

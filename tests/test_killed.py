@@ -43,3 +43,16 @@ def test_when_one_process_is_killed_the_other_says_so(happened, name):
     said = [line for line in run["said"].splitlines() if line.startswith("error: ")]
     assert len(said) == 1 and "another process of this run has ended" in said[0] and "goes on" in said[0], run["said"]
     assert "Traceback" not in run["said"] and run["seconds"] < 30
+
+
+@pytest.mark.parametrize("name", dying.LOST)
+def test_two_processes_started_again_write_what_one_does(happened, name):
+    run = json.loads((happened / "lost.json").read_text())[name]
+    assert run["again"] == [0, 0] and run["different"] == [], run["said_again"]
+    if name == "unclip.py":
+        decoder = happened / "logs/decoder"
+        assert (decoder / "table9.csv").exists() and "PixCorr" in run["said_again"]
+        assert (decoder / "state/step_00000009/random_states_1.pkl").exists()
+    else:
+        made = {"recon.py": "recons", "refine.py": "enhancedrecons"}[name]
+        assert f"evals/a/a_all_{made}.pt" in run["written"]

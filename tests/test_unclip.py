@@ -10,7 +10,6 @@ import json
 import os
 import runpy
 import signal
-import subprocess
 import sys
 import tarfile
 from pathlib import Path
@@ -479,17 +478,6 @@ def test_table9_scales_as_its_tokens_ask(world, tmp_path, monkeypatch):
 def test_config_without_vae(world, tmp_path):
     with pytest.raises(m.UserError, match="brings no VAE: name a folder with --vae"):
         run(world, tmp_path, f"--base={world / 'sdxl/unet/config.json'}")
-
-
-def test_two_processes(world, tmp_path):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    words = [f"--data_path={world}", f"--train_logs={tmp_path}", *FAST, "--num_steps=2", "--num_eval=4"]
-    done = subprocess.run([*launch, unclip.__file__, *words], capture_output=True, text=True, cwd=tmp_path,
-                          timeout=300, env=os.environ | {"ACCELERATE_USE_CPU": "true"})
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert (tmp_path / "decoder/table9.csv").exists() and "PixCorr" in done.stdout
-    state = tmp_path / "decoder/state/step_00000002"
-    assert (state / "random_states_1.pkl").exists()
 
 
 def test_exit_code(monkeypatch, capsys):
