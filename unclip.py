@@ -95,7 +95,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     add("--model_name", default="decoder", help="a name: folder in --train_logs that receives everything")
     add("--train_logs", default="train_logs", help="folder of all runs")
-    add("--data_path", default="toy", help="folder of the data, for --images and --cache_dir where those are not given")
+    add("--data_path", default=data.data_folder(), help="folder of the data, for --images and --cache_dir where "
+                                                         "those are not given")
     add("--cache_dir", help="folder of CLIP, of the judges and of cached tokens and latents; None = --data_path")
     add("--images", help="pictures to learn from: tars of .jpg, .png or .webp, \"shards/{000..099}.tar\", or an .hdf5 "
         "file like NSD's; None = DATA_PATH/coco_images_224_float16.hdf5. The paper's were not published")
