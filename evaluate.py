@@ -116,21 +116,26 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 # ---------------------------------------------------------------------------------------------------------------------
 # What to judge
 
-def output(args: argparse.Namespace, name: str) -> Path:
-    """Where a file of the model is, name = "all_recons.pt" or another; --all_recons_path takes one's place."""
-    if args.all_recons_path:
-        judged = "all_enhancedrecons.pt" if "enhancedrecons" in Path(args.all_recons_path).name else "all_recons.pt"
-        if name == judged:
-            return Path(args.all_recons_path)
+def needed(args: argparse.Namespace) -> str:
+    """The kind of pictures that must be there, and whose place --all_recons_path takes."""
+    return "enhancedrecons" if "enhancedrecons" in Path(args.all_recons_path or "").name else "recons"
+
+
+def own(args: argparse.Namespace, name: str) -> Path:
+    """Where recon.py, refine.py and we put a file of the model, name = "all_recons.pt" or another."""
     return Path(args.evals) / args.model_name / f"{args.model_name}_{name}"
+
+
+def output(args: argparse.Namespace, name: str) -> Path:
+    """The same, but for the file that --all_recons_path replaces."""
+    given = args.all_recons_path and name == f"all_{needed(args)}.pt"
+    return Path(args.all_recons_path) if given else own(args, name)
 
 
 def judges_own_pictures(args: argparse.Namespace) -> bool:
     """Whether the report, which shows what recon.py and refine.py wrote for the model, shows what was judged."""
-    folder = Path(args.evals, args.model_name)
-    own = [folder / f"{args.model_name}_all_{name}.pt" for name in ("recons", "enhancedrecons")]
-    given = Path(args.all_recons_path or own[0])
-    return own[0].exists() and given.resolve() in [path.resolve() for path in own]
+    name = f"all_{needed(args)}.pt"
+    return own(args, "all_recons.pt").exists() and output(args, name).resolve() == own(args, name).resolve()
 
 
 def read(args: argparse.Namespace, name: str, count: int) -> Tensor:
@@ -193,10 +198,10 @@ def read_pictures(args: argparse.Namespace, rows: np.ndarray) -> tuple[SimpleNam
     All get the size of the reconstructions, at most 256: the original makes the images larger, from 224, and published
     refined pictures smaller, from 512, before anything else, CLIP's tokens included.
     """
-    needed = "enhancedrecons" if "enhancedrecons" in Path(args.all_recons_path or "").name else "recons"
     pictures = {name: read(args, name, len(rows)) for name in KINDS
-                if name == needed or output(args, f"all_{name}.pt").exists()}
-    seen, size = Images(args.data_path)[rows], min(JUDGED_SIZE, pictures.get("recons", pictures[needed]).shape[-1])
+                if name == needed(args) or output(args, f"all_{name}.pt").exists()}
+    reconstructions = pictures.get("recons", pictures[needed(args)])
+    seen, size = Images(args.data_path)[rows], min(JUDGED_SIZE, reconstructions.shape[-1])
     seen, *others = (resized(x, size, args.antialias) for x in (seen, *pictures.values()))
     pictures = dict(zip(pictures, others, strict=True))
     if "enhancedrecons" in pictures and "blurryrecons" in pictures:  # section 2.5: the blurry one adds low-level truth

@@ -44,6 +44,14 @@ def for_inference(network: nn.Module, device: str | torch.device, dtype: torch.d
     return nn.Module.to(network.eval().requires_grad_(False), device, dtype)
 
 
+def read_whole(kind: type, folder: Path, **options) -> nn.Module:
+    """kind.from_pretrained(folder). Raises KeyError if a weight is missing: the libraries go on with random numbers."""
+    network, report = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True, **options)
+    if report["missing_keys"]:
+        raise KeyError(f"no {min(report['missing_keys'])} in {folder.name}")
+    return network
+
+
 def record(work: Callable, warm_up: int = 3) -> Callable:
     """work(tensors), on a GPU, from the fourth call with tensors of these shapes on, as one CUDA graph.
 
@@ -153,15 +161,27 @@ class FrozenCLIP(nn.Module):
         return self.clip.encode_text(words, normalize=True)                             # (n, E)
 
 
-def hub_place(cache_dir: str | Path, repository: str, *files: str) -> str | None:
+def in_hub_cache(repository: str, file: str, *places: str | Path | None) -> Path | None:
+    """A file downloaded from huggingface.co, of the first of the places that has it; None is the libraries' own."""
+    for place in places:
+        found = huggingface_hub.try_to_load_from_cache(repository, file, cache_dir=place)
+        if isinstance(found, str):
+            return Path(found)
+    return None
+
+
+def hub_place(cache_dir: str | Path, repository: str, files: tuple[str, ...]) -> str | None:
     """Where a library finds or keeps a network of the hub: cache_dir; None, its own place, if only that has it.
 
     There the original's code left it.
     """
     def has(place: str | None) -> bool:
-        return any(isinstance(huggingface_hub.try_to_load_from_cache(repository, file, cache_dir=place), str)
-                   for file in files)
+        return any(in_hub_cache(repository, file, place) for file in files)
     return None if has(None) and not has(str(cache_dir)) else str(cache_dir)
+
+
+BIGG = "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k", ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+GIT = "microsoft/git-large-coco", ("model.safetensors", "pytorch_model.bin")  # on the hub: repository, weights
 
 
 def load_clip(cache_dir: str | Path, device: str | torch.device, dtype: torch.dtype = torch.float32) -> FrozenCLIP:
@@ -170,13 +190,11 @@ def load_clip(cache_dir: str | Path, device: str | torch.device, dtype: torch.dt
     Raises UserError when it can be neither read nor downloaded.
     """
     folder = Path(cache_dir) / "clip"
-    name, weights, place = "ViT-bigG-14", "laion2b_s39b_b160k", Path(cache_dir)
-    if folder.exists():
-        name, weights, place = f"local-dir:{folder}", None, folder
-    hub = hub_place(cache_dir, "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k", "open_clip_model.safetensors",
-                    "open_clip_pytorch_model.bin")
+    name, weights, place, kept = f"local-dir:{folder}", None, folder, str(cache_dir)
+    if not folder.exists():
+        name, weights, place, kept = "ViT-bigG-14", "laion2b_s39b_b160k", Path(cache_dir), hub_place(cache_dir, *BIGG)
     with reading(place, "--cache_dir", must_exist=False):
-        clip = open_clip.create_model(name, pretrained=weights, cache_dir=hub, require_pretrained=True)
+        clip = open_clip.create_model(name, pretrained=weights, cache_dir=kept, require_pretrained=True)
         tokenizer = open_clip.get_tokenizer(name, cache_dir=str(cache_dir))
     return for_inference(FrozenCLIP(clip, tokenizer), device, dtype)
 
@@ -191,7 +209,7 @@ SD_VAE = {  # Stable Diffusion 1's, 83.7 million parameters
 def read_vae(folder: Path, flag: str) -> AutoencoderKL:
     """A VAE from a folder in diffusers' layout, on the CPU, for inference. Raises UserError, which names `flag`."""
     with reading(folder, flag):
-        return for_inference(AutoencoderKL.from_pretrained(folder, local_files_only=True), "cpu")
+        return for_inference(read_whole(AutoencoderKL, folder), "cpu")
 
 
 def load_vae(cache_dir: str | Path, device: str | torch.device, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
@@ -292,9 +310,7 @@ def load_teacher(cache_dir: str | Path, device: str | torch.device,
     folder, file = Path(cache_dir) / "teacher", Path(cache_dir) / "convnext_xlarge_alpha0.75_fullckpt.pth"
     if folder.exists():
         with reading(folder, "--cache_dir"):
-            network, report = ConvNextModel.from_pretrained(folder, local_files_only=True, output_loading_info=True)
-            if report["missing_keys"]:  # the library would go on with random numbers for it
-                raise KeyError(f"no {min(report['missing_keys'])}")
+            network = read_whole(ConvNextModel, folder)
         return for_inference(FrozenTeacher(network), device, dtype)
     state = torch_load(file, "--cache_dir")
     state = {name.removeprefix("module."): value for name, value in state.get("model", state).items()}
@@ -481,15 +497,14 @@ def load_unclip(folder: str | Path, device: str | torch.device, dtype: torch.dty
     with reading(folder, "--cache_dir or --unclip"):
         index_file = folder / "model_index.json"
         index = json.loads(index_file.read_text()) if index_file.exists() else {}
-        unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype, local_files_only=True)
-        vae = AutoencoderKL.from_pretrained(folder / "vae", local_files_only=True)
-        unet = for_inference(unet, device, dtype)  # fails where a weight was missing
-        vae = for_inference(vae, device, torch.float32 if dtype == torch.float16 else dtype)
+        unet = read_whole(UNet2DConditionModel, folder / "unet", torch_dtype=dtype)
+        vae = read_whole(AutoencoderKL, folder / "vae")
         scheduler = getattr(diffusers, scheduler_config["_class_name"]).from_config(scheduler_config)
     # The released decoder saw pictures in [-1, 1] as they are, the prior's targets are of washed-out ones
     # (see `clip_preprocess`): the authors' .8 x + .2, found by hand, presumably makes up for it.
     return SimpleNamespace(
-        unet=unet, vae=vae, scheduler=scheduler,
+        unet=for_inference(unet, device, dtype), scheduler=scheduler,
+        vae=for_inference(vae, device, torch.float32 if dtype == torch.float16 else dtype),
         output_scale=index.get("output_scale", 0.8), output_shift=index.get("output_shift", 0.2),
     )
 
@@ -576,8 +591,7 @@ def load_captioner(cache_dir: str | Path, device: str | torch.device, dtype: tor
         converter.load_state_dict(state)
     name, place = folder, {}
     if not folder.exists():
-        name = "microsoft/git-large-coco"
-        place = {"cache_dir": hub_place(cache_dir, name, "model.safetensors", "pytorch_model.bin")}
+        name, place = GIT[0], {"cache_dir": hub_place(cache_dir, *GIT)}
     with reading(folder, "--cache_dir, or pass --no-captions", must_exist=False):
         git = GitForCausalLM.from_pretrained(name, **place)
         tokenizer = AutoTokenizer.from_pretrained(name, **place)

@@ -40,6 +40,7 @@ from huggingface_hub import errors
 from huggingface_hub.file_download import http_get
 from tqdm import tqdm
 
+import frozen
 import judges
 from files import is_disk_full, replacing
 from model import UserError, run_main
@@ -59,9 +60,8 @@ WEIGHTS = (".pth", ".pt", ".ckpt", ".safetensors")  # at the repository's top le
 # The networks that other repositories hold: folder of cache_dir, repository, its weights (the first that is there),
 # what else is needed. In these folders nothing asks the hub again, not even whether there is news.
 NETWORKS = {
-    "clip": ("laion/CLIP-ViT-bigG-14-laion2B-39B-b160k", ("open_clip_model.safetensors", "open_clip_pytorch_model.bin"),
-             ()),
-    "git": ("microsoft/git-large-coco", ("model.safetensors", "pytorch_model.bin"), ("*.json", "*.txt")),
+    "clip": (*frozen.BIGG, ()),
+    "git": (*frozen.GIT, ("*.json", "*.txt")),
 }
 SDXL_FILE = "zavychromaxl_v30.safetensors"  # refine.py's
 JUDGES_SIZE = 3e9  # bytes, all eight, nearly
@@ -306,9 +306,8 @@ def network_is_here(name: str, cache_dir: Path) -> bool:
     """Are the weights of one of NETWORKS in its folder, or where open_clip and transformers keep what they download?"""
     repository, weights, _ = NETWORKS[name]
     return any((cache_dir / name).glob("*.safetensors")) or any(
-        (cache_dir / name / file).exists()
-        or isinstance(huggingface_hub.try_to_load_from_cache(repository, file, cache_dir=place), str)
-        for file in weights for place in (cache_dir, None))
+        (cache_dir / name / file).exists() or frozen.in_hub_cache(repository, file, cache_dir, None)
+        for file in weights)
 
 
 def read_record(path: Path) -> tuple[dict, dict]:

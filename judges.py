@@ -43,7 +43,7 @@ from transformers import AutoModel, AutoTokenizer
 from checkpoints import reading, torch_load
 from data import resized
 from files import is_disk_full
-from frozen import CLIP_MEAN, CLIP_STD, normalised
+from frozen import CLIP_MEAN, CLIP_STD, in_hub_cache, normalised
 from model import UserError, run_main
 
 FLAG = "--cache_dir"
@@ -211,15 +211,6 @@ CLIPS = {
 CLIP_FILE = "open_clip_model.safetensors"
 
 
-def in_hub_cache(repository: str, file: str, cache_dir: str | Path) -> Path | None:
-    """A file that was downloaded from huggingface.co, to cache_dir or to the libraries' own place."""
-    for place in (cache_dir, huggingface_hub.constants.HF_HUB_CACHE):
-        found = huggingface_hub.try_to_load_from_cache(repository, file, cache_dir=place)
-        if isinstance(found, str):
-            return Path(found)
-    return None
-
-
 def _files(folder: Path) -> list[Path]:
     return sorted(file for file in folder.rglob("*") if file.is_file())
 
@@ -230,7 +221,7 @@ def load_openai_clip(name: str, cache_dir: str | Path, device: str | torch.devic
     if folder.exists():
         files, source, options = _files(folder), f"local-dir:{folder}", {}
     else:
-        file = in_hub_cache(clip.repository, CLIP_FILE, cache_dir)
+        file = in_hub_cache(clip.repository, CLIP_FILE, cache_dir, None)
         if file is None:
             raise _missing(f"{clip.title} of OpenAI", f"as {clip.folder}/, open_clip's folder of it", cache_dir)
         # OpenAI trained with a cheaper GELU; open_clip only warns when it is given the wrong one.
@@ -257,7 +248,7 @@ def load_sentence(cache_dir: str | Path, device: str | torch.device) -> SimpleNa
     """
     folder = Path(cache_dir) / "sentence"
     if not folder.exists():
-        file = in_hub_cache(SENTENCE_REPOSITORY, "config.json", cache_dir)
+        file = in_hub_cache(SENTENCE_REPOSITORY, "config.json", cache_dir, None)
         if file is None:
             raise _missing("SentenceTransformer all-MiniLM-L6-v2", "as sentence/, its folder on huggingface.co",
                            cache_dir)  # fmt: skip

@@ -223,10 +223,7 @@ def load_part(sdxl: Path, part: str, device: str | torch.device, dtype: torch.dt
     with reading(sdxl, flag):
         if sdxl.is_dir():
             plain = [file for file in (sdxl / part).glob("*.safetensors*") if ".fp16." not in file.name]
-            network, report = SDXL_PARTS[part][0].from_pretrained(
-                sdxl / part, local_files_only=True, variant=None if plain else "fp16", output_loading_info=True)
-            if report["missing_keys"]:  # the libraries would go on with random numbers for it
-                raise KeyError(f"no {min(report['missing_keys'])} in {part}")
+            network = frozen.read_whole(SDXL_PARTS[part][0], sdxl / part, variant=None if plain else "fp16")
             return frozen.for_inference(network, device, dtype)
         network, prefix = empty_part(part), SDXL_PARTS[part][1]
         with safe_open(sdxl, "pt") as content:

@@ -49,8 +49,7 @@ CHUNK = 25  # images at once through CLIP
 
 # Order and names of the table's parts.
 PARTS = {"enhancedrecons": "Refined pictures", "recons": "Reconstructions, not refined",
-            "blurryrecons": "Blurry pictures (low-level head alone)", "retrieval": "Retrieval",
-            "captions": "Captions"}  # fmt: skip
+         "blurryrecons": "Blurry pictures (low-level head alone)", "retrieval": "Retrieval", "captions": "Captions"}
 # In words, and the paper's mean distance to CLIP's points on a UMAP (A.10, Fig. 10: subject 1, 40 sessions).
 SPACES = {"backbones": ("Backbone", 4.83), "clipvoxels": ("Retrieval head", 3.83), "prior_out": ("Prior", 0.41)}
 CURVES = {"loss": "loss, all of it", "clip": "loss: retrieval head", "prior": "loss: prior",
@@ -288,10 +287,15 @@ def table_row(row: dict, remarks: list[str]) -> str:
             f'{paper(row.get("paper_40"))}{paper(row.get("paper_1"))}</tr>')
 
 
+def parts_of(rows: list[dict]) -> list[str]:
+    """Those of PARTS that rows are of, in its order."""
+    return [part for part in PARTS if any(row["pictures"] == part for row in rows)]
+
+
 def table(r: SimpleNamespace, csv: Path) -> str:
     """Every number with its interval beside the paper's; then what could not be computed, and why."""
     rows, missing = r.metrics["rows"], r.metrics.get("missing", [])
-    kinds = [kind for kind in PARTS if any(row["pictures"] == kind for row in rows)]
+    kinds = parts_of(rows)
     remarks, bodies = list(dict.fromkeys(row["paper_remark"] for row in rows if row.get("paper_remark"))), []
     for kind in kinds:
         lines = "\n".join(table_row(row, remarks) for row in rows if row["pictures"] == kind)
@@ -602,7 +606,7 @@ def regions(r: SimpleNamespace) -> str:
     if not rows:
         return ""
     most = max(1e-3, *(row["value"] for row in rows))
-    kinds = [kind for kind in PARTS if any(row["pictures"] == kind for row in rows)]
+    kinds = parts_of(rows)
     parts = []
     for title in dict.fromkeys(row["title"] for row in rows):
         lines = "".join(

@@ -636,8 +636,7 @@ def gather_losses(args: argparse.Namespace, accelerator: Accelerator, run: Simpl
 # ----------------------------------------------------------------------------------------------------------------------
 # Flags that change none of a run's numbers beyond rounding, and so may change between a kill and going on.
 FREE = {"resume", "train_logs", "data_path", "cache_dir", "multisubject_ckpt", "gradient_checkpointing", "compile",
-        "in_memory", "detect_anomaly", "ckpt_interval", "ckpt_saving", "wandb_log", "wandb_project", "hidden_dim",
-        "n_blocks", "prior_depth", "prior_dim_head", "backbone", "ridge", "prior"}  # these seven are told by "config"
+        "in_memory", "detect_anomaly", "ckpt_interval", "ckpt_saving", "wandb_log", "wandb_project"}
 
 
 def run_folder(args: argparse.Namespace) -> Path:
@@ -719,8 +718,8 @@ def resume(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNamesp
     else:
         state = checkpoints.torch_load(path, "--model_name")
     with checkpoints.reading(path, "--model_name"):
-        refuse_other_flags(path, state.get("flags", {}), all_flags(args, accelerator), FREE)
-        refuse_other_flags(path, state.get("config", {}), run.sizes, set())
+        refuse_other_flags(path, state.get("flags", {}), all_flags(args, accelerator), FREE | run.sizes.keys())
+        refuse_other_flags(path, state.get("config", {}), run.sizes, set())  # what those flags, or none, came to
         if not accelerator.state.deepspeed_plugin:
             bare.load_state_dict(state["model_state_dict"])
             run.optimizer.load_state_dict(state["optimizer_state_dict"])

@@ -38,11 +38,11 @@ import unclip  # noqa: E402
 
 PLACES = ["--data_path={world}", "--evals={folder}/evals", "--train_logs={folder}/logs", "--model_name=a"]
 FAST = "--scheduler=dpm --steps=2 --guidance=1".split()
-RECON = [*PLACES, *FAST, "--prior_steps=2", "--batch_size=6", "--no-blurry_recon", "--no-captions"]
+RECON = [*PLACES, *FAST, "--prior_steps=2", "--batch_size=6"]
 REFINE = [*PLACES[:2], PLACES[3], "--steps=2", "--batch_size=6", "--prompt=empty", "--guidance=1"]
 EVALUATE = [*PLACES, "--tables={folder}/tables", "--cache_dir={folder}/cache"]  # where are no judges: no features
 SIZES = "--hidden_dim=16 --prior_depth=1 --prior_dim_head=16 --num_epochs=2 --batch_size=8 --ckpt_interval=1".split()
-TRAIN = [*PLACES[:1], *PLACES[2:], "--cache_dir={folder}/cache", "--no-blurry_recon", "--resume", *SIZES]
+TRAIN = [*PLACES[:1], *PLACES[2:], "--cache_dir={folder}/cache", "--teacher_views=1", "--resume", *SIZES]
 DECODER = [*PLACES[:1], PLACES[2], *FAST, "--num_steps=9", "--batch_size=2", "--num_val=4", "--num_eval=4",
            "--cache_dir={folder}/cache", "--base={folder}/tiny.json", "--vae={world}/vae", "--resolution=64"]
 

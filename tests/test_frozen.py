@@ -103,7 +103,7 @@ def test_what_the_original_downloaded_is_not_fetched_again(monkeypatch):
                         lambda repository, file, cache_dir: "a path" if (cache_dir, file) in cached else None)
     for there, place in (((), "cache"), ((None, "b"), None), (("cache", "a"), "cache")):
         cached |= {there}
-        assert m.hub_place("cache", "some/network", "a", "b") == place
+        assert m.hub_place("cache", "some/network", ("a", "b")) == place
 
 
 def test_teacher_folder(tmp_path):

@@ -29,6 +29,8 @@ from model import UserError
 
 ROOT = Path(__file__).parents[1]
 SMALL = "--hidden_dim=32 --prior_depth=1 --prior_dim_head=16".split()
+SMALL_SIZES = {"hidden_dim": 32, "n_blocks": 4, "prior_depth": 1, "prior_dim_head": 16, "backbone": "released",
+               "ridge": "linear", "prior": "target"}
 FAST = "--teacher_views=1 --batch_size=8 --num_epochs=3".split()
 
 
@@ -133,7 +135,7 @@ def test_without_prior_and_blurry_head(smoke_world, tmp_path):
                   *SMALL)
     assert "test/loss_prior" not in history and 0 <= history["test/image_retrieval"][-1][1] <= 1
     checkpoint = checkpoints.load_checkpoint(tmp_path / "train_logs" / "a")
-    assert checkpoint["config"]["backbone"] == "mlp" and checkpoint["config"]["prior"] == "target"
+    assert checkpoint["config"] == SMALL_SIZES | {"backbone": "mlp"}
     assert not any(key.startswith(("diffusion_prior", "backbone.blin1")) for key in checkpoint["model_state_dict"])
 
 
@@ -379,7 +381,7 @@ train.main(sys.argv[1:])
                       f"--data_path={smoke_world}", f"--model_name={name}", "--resume", *flags, **own)
         assert done.returncode == code, done.stderr[-2000:]
     whole, cut = (checkpoints.load_checkpoint(tmp_path / "train_logs" / name) for name in ("whole", "cut"))
-    assert whole["config"]["backbone"] == "mlp" and whole["config"]["prior"] == "target"
+    assert whole["config"] == SMALL_SIZES | {"backbone": "mlp"}
     assert all(torch.equal(x, cut["model_state_dict"][name]) for name, x in whole["model_state_dict"].items())
     assert sorted(path.name for path in (tmp_path / "train_logs/cut").iterdir() if "tfevents" not in path.name) == [
         "curves.png", "last", "samples.png", "zero_to_fp32.py", "zero_to_torch.py"]  # the last two are DeepSpeed's
