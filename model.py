@@ -73,34 +73,43 @@ class WideLinear(nn.Linear):
 
     Ridge and backbone_linear hold 88% of the weights that learn in pretraining. So they compute in the weights' own
     precision, whatever autocast says: that would write a copy of them at each step, and another of their gradients.
-    With `exchanges_rows`, several processes exchange rows in place of gradients.
+    A gradient is itself a product of few rows, which are smaller by far than what they make:
+        exchanges_rows    several processes send each other rows in place of gradients
+        rows              a list: nobody multiplies them here, the optimizer does so while it steps (adamw.py)
     """
     exchanges_rows = False
+    rows: list[tuple[Tensor, Tensor]] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:  # nothing to save, and --low_memory converts weights itself
             return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
-            x = x.to(self.weight.dtype)
-            return _RowsOfAll.apply(x, self.weight, self.bias) if self.exchanges_rows else super().forward(x)
+            x, plain = x.to(self.weight.dtype), self.rows is None and not self.exchanges_rows
+            return super().forward(x) if plain else _ByRows.apply(x, self.weight, self.bias, self)
 
 
-class _RowsOfAll(torch.autograd.Function):
-    """A linear layer whose gradients are the mean over all processes, as DDP's are.
+class _ByRows(torch.autograd.Function):
+    """A linear layer with `WideLinear`'s two ways to treat its weight's gradient, (O, R) @ (R, I).
 
-    A weight's gradient is gradients^T @ inputs, summed over rows: (O, B) @ (B, I). For the backbone's last layer that
-    is 7 GB to send at each step, where 42 rows of both are 72 MB: so send those, and multiply everyone's.
+    For the backbone's last layer that is 7 GB at each step, where 42 rows of both are 72 MB.
     """
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, layer: WideLinear) -> Tensor:
         ctx.save_for_backward(x, weight)
+        ctx.layer = layer
         return F.linear(x, weight, bias)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
-        x, weight = ctx.saved_tensors
-        rows, grads = (gathered(t) for t in (x, grad / torch.distributed.get_world_size()))  # (W * B, I), (W * B, O)
-        return grad @ weight if ctx.needs_input_grad[0] else None, grads.T @ rows, grads.sum(0)
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor, None]:
+        (x, weight), rows, slope = ctx.saved_tensors, ctx.layer.rows, None
+        inputs, grads = x, grad                                            # (B, I), (B, O)
+        if ctx.layer.exchanges_rows:  # the mean over W processes, as DDP's is
+            inputs, grads = gathered(x), gathered(grad / torch.distributed.get_world_size())  # (W * B, I), (W * B, O)
+        if rows is None:
+            slope = grads.T @ inputs                                       # (O, I)
+        else:
+            rows.append((grads, inputs))
+        return grad @ weight if ctx.needs_input_grad[0] else None, slope, grads.sum(0), None
 
 
 def gathered(x: Tensor) -> Tensor:
@@ -215,9 +224,10 @@ class Backbone(nn.Module):
             return x                                                         # (B, h)
         # The released mixer normalises over ONE time point, which leaves only the LayerNorm's bias, and its second
         # residual bypasses block 1: each block adds one learned scalar (in training, dropout makes two of it). The
-        # released backbone is thus linear in the voxels; zeros stand for the input that the blocks cannot see.
-        for block in self.mixer_blocks2:
-            x = x + block(torch.zeros_like(x)[..., None])[..., 0]
+        # released backbone is thus linear in the voxels; a zero stands for the input that the blocks cannot see.
+        for norm, (first, gelu, dropout, second) in self.mixer_blocks2:
+            seen = gelu(first(norm(x.new_zeros(1))))                         # (1,)
+            x = x + second(dropout(seen.expand(*x.shape, 1)))[..., 0]
         return x                                                             # (B, h)
 
     def forward(self, x: Tensor) -> SimpleNamespace:
@@ -335,8 +345,8 @@ class RelPosBias(nn.Module):
 
 
 @cache
-def _import_attention() -> bool:
-    """Is there Triton? PyTorch brings it for Linux."""
+def has_triton() -> bool:
+    """Are there our kernels? They need Triton, which PyTorch brings for Linux."""
     try:
         import attention  # noqa: F401  here: a CPU needs none; it makes itself known to PyTorch as mindeye2::attend
     except ImportError:
@@ -346,7 +356,7 @@ def _import_attention() -> bool:
 
 def fused(device: torch.device) -> bool:
     """Whether the prior's attention runs as our Triton kernels: on a GPU, in half precision (attention.py)."""
-    return device.type == "cuda" and torch.is_autocast_enabled("cuda") and _import_attention()
+    return device.type == "cuda" and torch.is_autocast_enabled("cuda") and has_triton()
 
 
 class Attention(nn.Module):
@@ -654,7 +664,7 @@ class MindEye2(nn.Module):
         """torch.compile what most of a step's time goes to, by pieces: the whole would take minutes."""
         layers = self.diffusion_prior.net.causal_transformer.layers if self.diffusion_prior is not None else ()
         for block in (*layers, self.backbone.clip_proj):
-            block.compile()
+            block.forward = torch.compile(block.forward)  # block.compile() passes over PyTorch's own (2.11: clip_proj)
 
     @torch.no_grad()
     def tie_positions(self, std: float = 1.0, generator: torch.Generator | None = None) -> None:

@@ -33,7 +33,13 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.tracking import TensorBoardTracker, WandBTracker
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs, set_seed
+from accelerate.utils import (
+    DDPCommunicationHookType,
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    set_seed,
+)
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms import v2
 from tqdm import tqdm
@@ -425,9 +431,11 @@ def start_accelerator(args: argparse.Namespace, gradient_accumulation: int = 1) 
     trackers = [TensorBoardTracker(args.model_name, args.train_logs)]
     if args.wandb_log:
         trackers.append(WandBTracker(args.wandb_project, name=args.model_name, config=vars(args)))
-    half = "bf16" if torch.cuda.is_available() else "no"
-    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # no second copy of the gradients
-    accelerator = Accelerator(mixed_precision=os.environ.get("ACCELERATE_MIXED_PRECISION", half), log_with=trackers,
+    half = os.environ.get("ACCELERATE_MIXED_PRECISION", "bf16" if torch.cuda.is_available() else "no")
+    # No second copy of the gradients; and what autocast made in bfloat16 is sent so, too: half as much.
+    hook = DDPCommunicationHookType.BF16 if half == "bf16" else DDPCommunicationHookType.NO
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, comm_hook=hook)
+    accelerator = Accelerator(mixed_precision=half, log_with=trackers,
                               project_dir=args.train_logs, gradient_accumulation_steps=gradient_accumulation,
                               kwargs_handlers=[InitProcessGroupKwargs(timeout=processes.PATIENCE), ddp])
     if accelerator.gradient_accumulation_steps != gradient_accumulation:  # DeepSpeed's config goes before ours
@@ -435,6 +443,12 @@ def start_accelerator(args: argparse.Namespace, gradient_accumulation: int = 1) 
                         f"{accelerator.gradient_accumulation_steps}, not {gradient_accumulation}: write the number of "
                         "--gradient_accumulation into the --config_file, too.")
     return accelerator
+
+
+def wide_layers(model: MindEye2) -> dict[str, networks.WideLinear]:
+    """Those that learn, by name."""
+    return {name: layer for name, layer in model.named_modules()
+            if isinstance(layer, networks.WideLinear) and layer.weight.requires_grad}
 
 
 def exchange_rows(accelerator: Accelerator, model: MindEye2) -> None:
@@ -446,8 +460,7 @@ def exchange_rows(accelerator: Accelerator, model: MindEye2) -> None:
     if accelerator.distributed_type not in (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         return
     learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    wide = {name: layer for name, layer in model.named_modules()
-            if isinstance(layer, networks.WideLinear) and layer.weight.requires_grad}
+    wide = wide_layers(model)
     parameters = {f"{name}.{part}" for name, layer in wide.items() for part, _ in layer.named_parameters()}
     if parameters == learning:
         return
@@ -543,10 +556,19 @@ def eight_bit_adamw() -> type[torch.optim.Optimizer]:
     return AdamW8bit
 
 
-def make_optimizer(args: argparse.Namespace, groups: list[dict], device: torch.device) -> torch.optim.Optimizer:
+def make_optimizer(args: argparse.Namespace, accelerator: Accelerator, model: MindEye2) -> torch.optim.Optimizer:
+    """AdamW; on a GPU in few kernels, of which one makes the widest layers' gradients itself (adamw.py).
+
+    Not where others look for those gradients: DeepSpeed, fp16's loss scaler, DDP (see `exchange_rows`).
+    """
+    groups, on_gpu = networks.parameter_groups(model), accelerator.device.type == "cuda"
     if args.optimizer_bits == 8:
         return in_pieces(eight_bit_adamw(), groups, lr=args.max_lr)
-    return torch.optim.AdamW(groups, lr=args.max_lr, fused=device.type == "cuda")
+    wide = [layer for layer in wide_layers(model).values() if accelerator.num_processes == 1 or layer.exchanges_rows]
+    if on_gpu and wide and networks.has_triton() and not (accelerator.state.deepspeed_plugin or accelerator.scaler):
+        from adamw import RowAdamW  # here: a CPU has no Triton
+        return RowAdamW(groups, wide, lr=args.max_lr, fused=True)
+    return torch.optim.AdamW(groups, lr=args.max_lr, fused=on_gpu)
 
 
 def step_losses(args: argparse.Namespace, accelerator: Accelerator, model, batch: dict, mixing: bool,
@@ -759,9 +781,9 @@ def set_up(args: argparse.Namespace, accelerator: Accelerator, sizes: dict, pret
     with accelerator.device:  # a GPU draws two billion first weights in no time
         model = build_model(args, sizes, pretrained, [part.voxels.shape[1] for part in sets.train], targets)
     model.to(accelerator.device)  # what a library makes on the CPU all the same
-    optimizer = make_optimizer(args, networks.parameter_groups(model), accelerator.device)
     ready_for_deepspeed(accelerator, model, args.batch_size)
     exchange_rows(accelerator, model)
+    optimizer = make_optimizer(args, accelerator, model)
     model, optimizer = accelerator.prepare(model, optimizer)
     adamw = optimizer.optimizer
     if accelerator.state.deepspeed_plugin:  # it may have put one of its own in place of ours

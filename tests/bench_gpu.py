@@ -6,8 +6,8 @@ Training: what is timed is train.py's own loop, with its loader, log and progres
 two looks at the clock. Only the frozen networks are stand-ins, whose targets are noise of the right shape: the loop
 reads those from the disk and never calls a network. "loader": what reading a batch and bringing it to the GPU takes by
 itself, from a disk whose files are not in memory. "original": the published code's ms / step on the same kind of card,
-all of it, and what its GPU worked of that. "floor": operations / the card's matmul rate + bytes of weights, gradients
-and AdamW / its copy rate, one after another.
+all of it, and what its GPU worked of that. "floor": operations / the card's matmul rate + bytes of weights and
+AdamW / its copy rate, one after another.
 
 Targets: data.py's own pass over images, with the frozen networks at their true sizes, from the image file to caches in
 /dev/shm, so that it is not the disk that is measured. Pictures: tests/bench_recon.py and tests/bench_refine.py.
@@ -15,7 +15,8 @@ Targets: data.py's own pass over images, with the frozen networks at their true 
 Several processes (`--processes`): the same loop, the second row of ROWS, started by `accelerate launch` with the files
 of configs/ as they are, on one GPU and on several. "of linear": samples a second, by those of one GPU times the GPUs.
 
-    python tests/bench_gpu.py             an NVIDIA GPU of 80 GB; ten minutes
+    python tests/bench_gpu.py             an NVIDIA GPU of 80 GB; eight minutes
+    python tests/bench_gpu.py --all       more rows of training, more batch sizes and flags of pictures
     python tests/bench_gpu.py --processes several of them; needs pip install deepspeed
     python tests/bench_gpu.py --tiny      training and targets at the smallest sizes, on a CPU: does the script work?
 """
@@ -56,6 +57,7 @@ ROWS = [
     ("pretraining, 4096 wide", "--multi_subject --subj=8 --hidden_dim=4096 --batch_size=42", 48, 801, 660),
     ("pretraining, 1024 wide, no low-level head",
      "--multi_subject --subj=8 --hidden_dim=1024 --batch_size=42 --no-blurry_recon", 24, 375, None),
+    # Only with --all:
     ("fine-tuning, 4096 wide, `--optimizer_bits=8`",
      "--subj=1 --hidden_dim=4096 --batch_size=24 --optimizer_bits=8", 24, 426, 383),
     ("pretraining, 4096 wide, the paper's batch",
@@ -73,7 +75,7 @@ TINY = SimpleNamespace(voxels=(20,) * 8, tokens=(4, 16), pixels=16, latents=8, f
                        flags="--hidden_dim=16 --prior_depth=1 --prior_dim_head=8 --batch_size=14", images=40)
 # Of both passes of a sample: the prior's .76e12 (gpu_baseline.md), half of its last layer left out; the rest .02.
 OPERATIONS = 0.72e12
-BYTES = 34  # a weight: AdamW reads and writes 28, forward and backward pass the rest
+BYTES = 32  # a weight: AdamW reads and writes 24, forward and backward pass read 8; a gradient need not be written
 
 
 class Done(Exception):
@@ -249,13 +251,13 @@ def training_row(number: int, folder: Path, tiny: bool, flags: str) -> SimpleNam
     return found
 
 
-def training_table(folder: Path, flags: str) -> None:
+def training_table(folder: Path, flags: str, rows: range) -> None:
     """Each row in a process of its own: what one leaves of the memory would be the next one's to put up with."""
     matmul, copy = limits()
     torch.cuda.empty_cache()
     print(f"matrix products: {matmul / 1e12:.0f} TFLOP/s, copies: {copy / 1e12:.2f} TB/s, flags {flags}\n\n{HEAD}",
           flush=True)
-    for number in range(len(ROWS)):
+    for number in rows:
         subprocess.run([sys.executable, __file__, f"--row={number}", f"--folder={folder}", f"--flags={flags}"],
                        env=os.environ | MEMORY, check=True)
 
@@ -340,6 +342,7 @@ def main(argv: list[str] | None = None) -> list[SimpleNamespace]:
     parser.add_argument("--tiny", action="store_true", help="the smallest sizes, on a CPU")
     parser.add_argument("--flags", default="--compile", help="more flags of train.py, for each row")
     parser.add_argument("--only", choices=["training", "targets", "pictures"], help="one of the parts; none: all")
+    parser.add_argument("--all", action="store_true", help="more rows of training and of pictures")
     parser.add_argument("--row", type=int, help="one of the training table, from 0, in this process; none: all")
     parser.add_argument("--folder", help="of the data that an earlier process wrote")
     parser.add_argument("--processes", nargs="*", choices=[name for name, *_ in SEVERAL],
@@ -352,7 +355,7 @@ def main(argv: list[str] | None = None) -> list[SimpleNamespace]:
         return [training_row(args.row, Path(args.folder), args.tiny, args.flags)]
     if not args.tiny:
         print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
-    results = []
+    began, results = time.perf_counter(), []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_world(folder, *((TINY, 28) if args.tiny else (TRUE, 340)))
@@ -362,14 +365,15 @@ def main(argv: list[str] | None = None) -> list[SimpleNamespace]:
             print(HEAD)
             results = [training_row(number, folder, True, "") for number in range(3)]
         elif args.only in (None, "training"):
-            training_table(folder, args.flags)
+            training_table(folder, args.flags, range(len(ROWS) if args.all else 3))
         if args.only in (None, "targets"):
             targets_table(folder, args.tiny)
     if args.only in (None, "pictures") and not args.tiny:
         import bench_recon
         import bench_refine
-        bench_recon.main()
-        bench_refine.main()
+        bench_recon.main(short=not args.all)
+        bench_refine.main(short=not args.all)
+    print(f"\n{time.perf_counter() - began:.0f} s")
     return results
 
 

@@ -104,7 +104,7 @@ def decoder(dtype: torch.dtype) -> SimpleNamespace:
     return unclip
 
 
-def pictures_pass() -> tuple[float, list[float]]:
+def pictures_pass(short: bool) -> tuple[float, list[float]]:
     """38 Euler steps with guidance 5 and the VAE at 768 pixels; the original's seconds, and ours by 1, 8 and 16."""
     def draw(unclip: SimpleNamespace, size: int, **options) -> None:
         tokens, blind = torch.randn(2, size, 256, 1664, device=DEVICE)
@@ -113,26 +113,30 @@ def pictures_pass() -> tuple[float, list[float]]:
     unclip = decoder(torch.float32)
     with torch.autocast("cuda", torch.float16):
         original = measure("pictures, as the original", 1, lambda: draw(unclip, 1))
-    for flag in ("", "--compile"):
+    for flag in ("--compile",) if short else ("", "--compile"):
         unclip = None  # the memory of the one before, and its graphs
         gc.collect()
         unclip = decoder(torch.bfloat16)
         frozen.speed_up(unclip.unet, unclip.vae, compiled=bool(flag))
         ours = [measure(f"pictures {flag}", size, partial(draw, unclip, size)) for size in (1, 8, 16)]
-    measure("pictures --compile --low_memory", 8, lambda: draw(unclip, 8, one_by_one=True))
+    if not short:
+        measure("pictures --compile --low_memory", 8, lambda: draw(unclip, 8, one_by_one=True))
     return original, ours
 
 
-def main() -> None:
+def main(short: bool = False) -> None:
+    """All rows; `short`: those with --compile, and the original's."""
     print_head()
-    tokens_pass("", (1, 16))
-    tokens_pass("--low_memory", (16,))
+    if not short:
+        tokens_pass("", (1, 16))
+        tokens_pass("--low_memory", (16,))
     tokens = tokens_pass("--compile", (1, 16))
     texts, blurry = captions_pass(), blurry_pass()
-    original, ours = pictures_pass()
+    original, ours = pictures_pass(short)
     for size, token, picture in zip((1, 8, 16), (*tokens, tokens[1]), ours, strict=True):
-        print(f"\nAll passes with --compile, by {size}: {token + picture + texts + blurry:.3f} s an image; pictures "
-              f"alone {original / picture:.1f} times as fast as the original's loop.")
+        print(f"\nWith --compile, by {size}: prior and pictures {token + picture:.3f} s an image, with captions and "
+              f"blurry {token + picture + texts + blurry:.3f} s; pictures alone {original / picture:.1f} times as fast "
+              "as the original's loop.")
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def painter(dtype: torch.dtype) -> SimpleNamespace:
     return sdxl
 
 
-def pictures_pass() -> None:
+def pictures_pass(short: bool) -> None:
     def draw(sdxl: SimpleNamespace, size: int, flag: str = "") -> None:
         prompt = {"tokens": torch.randn(size + 1, 77, 2048), "pooled": torch.randn(size + 1, 1280)}
         refine.refine(sdxl, torch.rand(size, 3, 256, 256), np.arange(size), prompt, refine.parse(flag.split()))
@@ -54,21 +54,23 @@ def pictures_pass() -> None:
     sdxl = painter(torch.float32)
     with torch.autocast(DEVICE.type, torch.float16):
         original = measure("refined, as the original", 1, lambda: draw(sdxl, 1))
-    for flag in ("", "--compile"):
+    for flag in ("--compile",) if short else ("", "--compile"):
         sdxl = None  # the memory of the one before, and its graphs
         gc.collect()
         sdxl = painter(torch.bfloat16)
         frozen.speed_up(sdxl.unet, sdxl.vae, compiled=bool(flag))
         for size in (1, 8):
             ours = measure(f"refined {flag}", size, partial(draw, sdxl, size))
-    measure("refined --compile --low_memory", 8, lambda: draw(sdxl, 8, "--low_memory"))
+    if not short:
+        measure("refined --compile --low_memory", 8, lambda: draw(sdxl, 8, "--low_memory"))
     print(f"\nBatches of 8 with --compile against the original's loop: {original / ours:.1f} times as fast.")
 
 
-def main() -> None:
+def main(short: bool = False) -> None:
+    """All rows; `short`: those with --compile, and the original's."""
     print_head()
     prompts_pass()
-    pictures_pass()
+    pictures_pass(short)
 
 
 if __name__ == "__main__":

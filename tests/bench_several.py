@@ -123,16 +123,17 @@ def pictures_table(world: Path, folder: Path, cpu: bool) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    tables = {"losses": losses_table, "kill": kill_table, "pictures": pictures_table}  # the last draws by a first one's
     parser.add_argument("--cpu", action="store_true", help="two CPU processes")
-    cpu = parser.parse_args().cpu
-    if not cpu:
+    parser.add_argument("--only", choices=["losses", "kill"], help="one of the tables; none: all")
+    args = parser.parse_args()
+    if not args.cpu:
         print(f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, torch {torch.__version__}\n")
     with tempfile.TemporaryDirectory() as name:
         folder, world = Path(name), Path(name) / "world"
         toy.build_world(world, toy.SMOKE, seed=0)
-        losses_table(world, folder, cpu)
-        kill_table(world, folder, cpu)
-        pictures_table(world, folder, cpu)
+        for table in tables.values() if args.only is None else [tables[args.only]]:
+            table(world, folder, args.cpu)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,88 @@
+"""AdamW for layers of many weights and few rows, whose gradients are never written.
+
+The gradient of a linear layer is a product of its rows: gradients^T @ inputs, (M, R) @ (R, N). For the backbone's last
+layer it is 7 GB, which the backward pass writes and AdamW reads once, where both factors are 72 MB. AdamW takes its
+time for reading and writing anyway. So model.WideLinear keeps the factors, and the kernel below multiplies them tile by
+tile, just where it changes the weights of the tile: 24 bytes a weight in place of 32, and no memory for gradients.
+
+    RowAdamW(groups, layers, lr=3e-4)    as torch.optim.AdamW, with the same state: checkpoints fit both. From now on a
+                                         layer's backward pass appends (gradients (R, M), inputs (R, N)) to layer.rows
+
+AdamW: Loshchilov and Hutter 2019, arXiv 1711.05101. On a GPU only; train.make_optimizer chooses.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor, nn
+
+TILE = 64  # side of a tile, and the rows multiplied at a time
+
+
+@triton.jit
+def _tile(rows, columns, height, width):
+    """Where a tile of a matrix (height, width) lies in memory, and which of it is inside."""
+    rows, columns = rows.to(tl.int64)[:, None], columns[None, :]  # 1.7 billion weights: more bytes than 32 bits count
+    return rows * width + columns, (rows < height) & (columns < width)
+
+
+@triton.jit
+def _step(weight, mean, square, gradients, inputs, corrections, R, M, N, lr, decay, beta1, beta2, eps,
+          T: tl.constexpr):
+    """One program: a tile (T, T) of weight (M, N) and of both running means; gradients (R, M), inputs (R, N)."""
+    across = tl.cdiv(N, T)
+    outs = tl.program_id(0) // across * T + tl.arange(0, T)
+    ins = tl.program_id(0) % across * T + tl.arange(0, T)
+    slope = tl.zeros([T, T], tl.float32)
+    for first in range(0, R, T):
+        rows = first + tl.arange(0, T)
+        here, inside = _tile(rows, outs, R, M)
+        left = tl.load(gradients + here, mask=inside, other=0.0)  # (T, T)
+        here, inside = _tile(rows, ins, R, N)
+        right = tl.load(inputs + here, mask=inside, other=0.0)    # (T, T)
+        slope += tl.dot(tl.trans(left), right)
+    here, inside = _tile(outs, ins, M, N)
+    w, m, s = tl.load(weight + here, inside), tl.load(mean + here, inside), tl.load(square + here, inside)
+    m += (slope - m) * (1 - beta1)
+    s += (slope * slope - s) * (1 - beta2)
+    first_part, second_part = tl.load(corrections), tl.load(corrections + 1)
+    w = w * decay - lr / first_part * m / (tl.sqrt(s) / second_part + eps)
+    tl.store(weight + here, w, inside)
+    tl.store(mean + here, m, inside)
+    tl.store(square + here, s, inside)
+
+
+class RowAdamW(torch.optim.AdamW):
+    """torch.optim.AdamW, which takes the weights' gradients of `layers` from their rows (see the top of the file)."""
+    def __init__(self, groups: list[dict], layers: list[nn.Linear], **options) -> None:
+        super().__init__(groups, **options)
+        self.layers = layers
+        for layer in layers:
+            layer.rows = []
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        group_of = {p: group for group in self.param_groups for p in group["params"]}
+        for layer in self.layers:
+            if layer.rows:
+                gradients, inputs = (torch.cat(parts) for parts in zip(*layer.rows, strict=True))  # (R, M), (R, N)
+                self._step_weight(layer.weight, gradients, inputs, group_of[layer.weight])
+        return super().step(closure)
+
+    def _step_weight(self, weight: Tensor, gradients: Tensor, inputs: Tensor, group: dict) -> None:
+        state, (beta1, beta2) = self.state[weight], group["betas"]
+        if not state:
+            state["step"] = torch.zeros((), device=weight.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
+        state["step"] += 1
+        step = state["step"].double()  # the means start at 0: how much of each is there by now
+        corrections = torch.stack((1 - beta1**step, (1 - beta2**step).sqrt())).float()
+        (m, n), decay = weight.shape, 1 - group["lr"] * group["weight_decay"]
+        _step[triton.cdiv(m, TILE) * triton.cdiv(n, TILE),](
+            weight, state["exp_avg"], state["exp_avg_sq"], gradients, inputs, corrections, len(inputs), m, n,
+            group["lr"], decay, beta1, beta2, group["eps"], TILE, num_warps=4, num_stages=1)  # see attention._options
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        for layer in self.layers:
+            layer.rows.clear()
