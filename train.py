@@ -22,6 +22,7 @@ memory-mapped file: the loop holds no frozen network, which is most of our speed
 import argparse
 import math
 import os
+from collections.abc import Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -33,13 +34,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.tracking import TensorBoardTracker, WandBTracker
-from accelerate.utils import (
-    DDPCommunicationHookType,
-    DistributedDataParallelKwargs,
-    DistributedType,
-    InitProcessGroupKwargs,
-    set_seed,
-)
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs, set_seed
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms import v2
 from tqdm import tqdm
@@ -431,11 +426,9 @@ def start_accelerator(args: argparse.Namespace, gradient_accumulation: int = 1) 
     trackers = [TensorBoardTracker(args.model_name, args.train_logs)]
     if args.wandb_log:
         trackers.append(WandBTracker(args.wandb_project, name=args.model_name, config=vars(args)))
-    half = os.environ.get("ACCELERATE_MIXED_PRECISION", "bf16" if torch.cuda.is_available() else "no")
-    # No second copy of the gradients; and what autocast made in bfloat16 is sent so, too: half as much.
-    hook = DDPCommunicationHookType.BF16 if half == "bf16" else DDPCommunicationHookType.NO
-    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, comm_hook=hook)
-    accelerator = Accelerator(mixed_precision=half, log_with=trackers,
+    half = "bf16" if torch.cuda.is_available() else "no"
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # no second copy of the gradients
+    accelerator = Accelerator(mixed_precision=os.environ.get("ACCELERATE_MIXED_PRECISION", half), log_with=trackers,
                               project_dir=args.train_logs, gradient_accumulation_steps=gradient_accumulation,
                               kwargs_handlers=[InitProcessGroupKwargs(timeout=processes.PATIENCE), ddp])
     if accelerator.gradient_accumulation_steps != gradient_accumulation:  # DeepSpeed's config goes before ours
@@ -774,7 +767,8 @@ def step_seed(seed: int, step: int, rank: int) -> int:
 def set_up(args: argparse.Namespace, accelerator: Accelerator, sizes: dict, pretrained: dict | None) -> SimpleNamespace:
     """All that the loop needs: .sets and .targets, .model, .optimizer and .scheduler, .steps of an epoch, and .batches:
     the trials of each step of an epoch. And what it has seen: .step, .losses of each, .fresh (`gather_losses`),
-    .history, .best, .last test, .parts of the last loss. (`train` adds .bar, processes.noting_sigterm .stop.)
+    .history, .best, .last test, .parts of the last loss. (`train` adds .ahead, batches that are being read, and .bar;
+    processes.noting_sigterm .stop.)
     """
     sets = load_data(args)
     targets = load_targets(args, accelerator, sets)
@@ -802,15 +796,20 @@ def set_up(args: argparse.Namespace, accelerator: Accelerator, sizes: dict, pret
         step=0, losses=[], fresh=[], history={}, best=-math.inf, last={}, parts={})
 
 
-def train_epoch(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNamespace, epoch: int, mixing: bool,
+def fetch_all(args: argparse.Namespace, run: SimpleNamespace) -> Iterator[dict]:
+    """The batches of all steps from run.step on. One stream: reading ahead does not start anew with each epoch."""
+    began, done = divmod(run.step, run.steps)
+    for epoch in range(began, args.num_epochs):
+        for picked in islice(run.batches(epoch), done if epoch == began else 0, None):
+            yield fetch(run.sets, run.targets, picked, args)
+
+
+def train_epoch(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNamespace, mixing: bool,
                 temp: float) -> None:
     """The steps of one epoch, or what is left of it."""
-    device = accelerator.device
-    chosen = islice(run.batches(epoch), run.step - epoch * run.steps, None)
-    fetched = (fetch(run.sets, run.targets, picked, args) for picked in chosen)
-    for batch in data.prefetch(fetched, device, pin=True):
+    for batch in islice(run.ahead, run.steps - run.step % run.steps):
         torch.manual_seed(step_seed(args.seed, run.step, accelerator.process_index))
-        batch = encode(batch, run.targets, device)
+        batch = encode(batch, run.targets, accelerator.device)
         # Within --gradient_accumulation, DDP exchanges gradients, and the optimizer steps, after the last batch only.
         with accelerator.accumulate(run.model):
             run.parts = step_losses(args, accelerator, run.model, batch, mixing, temp)
@@ -853,11 +852,12 @@ def train(args: argparse.Namespace, accelerator: Accelerator, sizes: dict, pretr
     accelerator.init_trackers(args.model_name)
     run.bar = tqdm(total=args.num_epochs * run.steps, initial=run.step, desc=args.model_name,
                    disable=not accelerator.is_main_process)
+    run.ahead = data.prefetch(fetch_all(args, run), accelerator.device, pin=True)
     with processes.noting_sigterm(run), run.bar:
         for epoch in range(run.step // run.steps, args.num_epochs):
             if run.step:
                 stop_if_asked(args, accelerator, run)
-            train_epoch(args, accelerator, run, epoch, epoch < mixco_epochs, temps[epoch])
+            train_epoch(args, accelerator, run, epoch < mixco_epochs, temps[epoch])
             if epoch % args.ckpt_interval == 0 or epoch == args.num_epochs - 1:
                 report(args, accelerator, run)
     if accelerator.is_main_process and run.last:  # a finished run that is resumed has nothing new to show

@@ -96,18 +96,19 @@ class Frozen(nn.Module):
 
 
 def write_world(folder: Path, size: SimpleNamespace, trials: int) -> None:
-    """Images, and for each of eight people voxels and one session of training and of testing."""
-    rng = np.random.default_rng(0)
+    """Images, and for each of eight people a session of training and one of testing; trials share 350 rows of voxels.
+    """
+    rng, betas = np.random.default_rng(0), min(trials + 10, 350)
     data.write_images(data.h5_path(folder, "images"),
                       rng.random((size.images, 3, size.pixels, size.pixels), np.float32))
     for subject, voxels in enumerate(size.voxels, 1):
         table = np.full((trials + 10, 17), -1.0)
         table[:, data.IMAGE] = np.resize(rng.permutation(size.images), len(table))
-        table[:, data.BETA], table[:, data.SESSION] = np.arange(len(table)), 1
+        table[:, data.BETA], table[:, data.SESSION] = np.arange(len(table)) % betas, 1
         windows = data.behaviour_windows(table)
         for split, rows in (("train", slice(0, trials)), ("new_test", slice(trials, None))):
             data.write_session_tar(data.session_tar(folder, subject, split), table[rows], *(w[rows] for w in windows))
-        data.write_betas(data.h5_path(folder, "betas", subject), rng.standard_normal((len(table), voxels), np.float32))
+        data.write_betas(data.h5_path(folder, "betas", subject), rng.standard_normal((betas, voxels), np.float32))
 
 
 def forget_files(folder: Path) -> None:
@@ -358,7 +359,7 @@ def main(argv: list[str] | None = None) -> list[SimpleNamespace]:
     began, results = time.perf_counter(), []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_world(folder, *((TINY, 28) if args.tiny else (TRUE, 340)))
+        write_world(folder, *((TINY, 28) if args.tiny else (TRUE, 2700)))  # 64 steps of 42 are an epoch
         if args.processes is not None:
             return processes_table(folder, args.tiny, args.processes or [name for name, *_ in SEVERAL])
         if args.only in (None, "training") and args.tiny:

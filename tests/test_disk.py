@@ -112,9 +112,9 @@ def test_a_training_keeps_its_checkpoint(smoke_world, disk, capfd, monkeypatch):
     flags = arguments(smoke_world, disk, "--model_name=a", "--num_epochs=2", "--ckpt_interval=1", "--resume", *SMALL)
     last, epoch = disk / "train_logs/a/last.pth", train.train_epoch
 
-    def filling(args, accelerator, run, number, *more):
-        epoch(args, accelerator, run, number, *more)
-        if number == 1:
+    def filling(args, accelerator, run, *more):
+        epoch(args, accelerator, run, *more)
+        if run.step == 2 * run.steps:
             fill(disk, leave)
     monkeypatch.setattr(train, "train_epoch", filling)
     for leave in (0, 2**20):

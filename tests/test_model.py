@@ -246,6 +246,62 @@ def test_fused_attention_is_the_plain_one_with_its_gradients():
     assert "tensors agree" in done.stdout
 
 
+ROWS = """
+import copy, sys, torch
+sys.path[:0] = sys.argv[1:]
+import adamw, model
+torch.manual_seed(0)
+by_rows = torch.nn.Sequential(model.WideLinear(70, 90), torch.nn.GELU(), model.WideLinear(90, 65))
+plain = copy.deepcopy(by_rows)
+groups = lambda net: [{"params": list(net[0].parameters()), "weight_decay": .1}, {"params": list(net[2].parameters())}]
+one, two = adamw.RowAdamW(groups(by_rows), [by_rows[0], by_rows[2]], lr=.01), torch.optim.AdamW(groups(plain), lr=.01)
+for step in range(6):
+    for rows in (37, 100)[: 1 + step % 2]:  # an odd number of rows, more than a tile, and of two batches
+        x, target = torch.randn(rows, 70), torch.randn(rows, 65)
+        for net in (by_rows, plain):
+            (net(x) - target).square().mean().backward()
+    assert by_rows[0].weight.grad is None and len(by_rows[0].rows) == 1 + step % 2
+    for optimizer in (one, two):
+        for group in optimizer.param_groups:  # as the schedule changes them
+            group["lr"], group["betas"] = .01 / (1 + step), (.95 - .02 * step, .999)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert not by_rows[0].rows
+    if step == 3:  # a checkpoint of each goes on as the other
+        states = one.state_dict(), two.state_dict()
+        two.load_state_dict(states[0]), one.load_state_dict(states[1])
+for p, q in zip(by_rows.parameters(), plain.parameters(), strict=True):
+    assert (p - q).abs().max() < 2e-6, (p - q).abs().max()
+    for name, value in two.state[q].items():
+        assert (one.state[p][name] - value).abs().max() < 1e-6 * value.abs().max(), name
+print("the same weights")
+"""
+
+
+def test_adamw_by_rows_is_adamw():
+    pytest.importorskip("triton")
+    done = subprocess.run([sys.executable, "-c", ROWS, str(Path(m.__file__).parent)], capture_output=True, text=True,
+                          env=os.environ | {"TRITON_INTERPRET": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "the same weights" in done.stdout
+
+
+def test_what_is_compiled(monkeypatch):
+    """Each layer of the prior and the retrieval head, which is all PyTorch's own (`Module.compile` may pass over it).
+    """
+    graphs, real = [], torch.compile
+
+    def backend(graph, _):
+        graphs.append([node.target for node in graph.graph.nodes])
+        return graph.forward
+    monkeypatch.setattr(torch, "compile", lambda function: real(function, backend=backend))
+    model = m.MindEye2(**TINY)
+    model.compile_blocks()
+    model([torch.randn(3, 9), torch.randn(3, 7)], torch.randn(6, 4, 24))
+    assert len(graphs) == TINY["prior_depth"] + 1
+    assert graphs[0].count(F.gelu) == 3
+
+
 def test_layernorm_eps_depends_on_the_dtype():
     g = golden("layernorm_half")
     norm = m.LayerNorm(104)

@@ -130,6 +130,32 @@ def test_wide_layers_exchange_rows_and_leave_no_gradient_to_ddp(monkeypatch):
     torch.testing.assert_close(x.grad, grad @ layer.weight)
 
 
+def test_who_makes_the_gradients_of_wide_layers(monkeypatch):
+    """On a GPU the optimizer; not where the gradients themselves are asked for."""
+    pytest.importorskip("triton")
+    args = train.parse_args([])
+
+    def optimizer(device="cuda", processes=1, plugin=None, scaler=None, exchanges=False, frozen=False):
+        model = networks.MindEye2([5], 6, 1, 2, 3, 4, use_prior=False)
+        layers = [model.ridge.linears[0], model.backbone.backbone_linear]
+        for layer in layers:
+            layer.exchanges_rows = exchanges
+        if frozen:
+            model.freeze()
+        accelerator = SimpleNamespace(device=torch.device(device), num_processes=processes, scaler=scaler,
+                                      state=SimpleNamespace(deepspeed_plugin=plugin))
+        made = train.make_optimizer(args, accelerator, model)
+        return type(made).__name__, [layer.rows for layer in layers]
+
+    by_rows, plain = ("RowAdamW", [[], []]), ("AdamW", [None, None])
+    assert optimizer() == optimizer(processes=2, exchanges=True) == by_rows
+    assert optimizer(frozen=True) == ("RowAdamW", [[], None])
+    for how in ({"device": "cpu"}, {"processes": 2}, {"plugin": object()}, {"scaler": object()}):
+        assert optimizer(**how) == plain
+    monkeypatch.setattr(networks, "has_triton", lambda: False)
+    assert optimizer() == plain
+
+
 def test_a_bad_loss_of_another_process_stops_all():
     """Else the first process would save weights that a gradient of the second has spoilt."""
     trials, losses = data.Trials(3, np.arange(10, 16), np.arange(6), np.ones(6, int)), torch.tensor([5., 7.])

@@ -372,7 +372,9 @@ import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 import train
 epoch = train.train_epoch
-train.train_epoch = lambda *given: os.kill(os.getpid(), signal.SIGKILL) if given[3] == 2 else epoch(*given)
+def cut(args, accelerator, run, *more):
+    return os.kill(os.getpid(), signal.SIGKILL) if run.step == 2 * run.steps else epoch(args, accelerator, run, *more)
+train.train_epoch = cut
 train.main(sys.argv[1:])
 """)
     flags = ["--backbone=mlp", "--ckpt_interval=1", *FAST, *SMALL]
