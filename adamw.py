@@ -43,6 +43,7 @@ def _step(weight, mean, square, gradients, inputs, corrections, R, M, N, lr, dec
         slope += tl.dot(tl.trans(left), right)
     here, inside = _tile(outs, ins, M, N)
     w, m, s = tl.load(weight + here, inside), tl.load(mean + here, inside), tl.load(square + here, inside)
+    # AdamW itself: running means of the gradient and of its square, decay, a step of their quotient.
     m += (slope - m) * (1 - beta1)
     s += (slope * slope - s) * (1 - beta2)
     first_part, second_part = tl.load(corrections), tl.load(corrections + 1)
@@ -75,7 +76,7 @@ class RowAdamW(torch.optim.AdamW):
             state["step"] = torch.zeros((), device=weight.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
         state["step"] += 1
-        step = state["step"].double()  # the means start at 0: how much of each is there by now
+        step = state["step"].to(weight.device, torch.float64)  # the means start at 0: how much of each is there by now
         corrections = torch.stack((1 - beta1**step, (1 - beta2**step).sqrt())).float()
         (m, n), decay = weight.shape, 1 - group["lr"] * group["weight_decay"]
         _step[triton.cdiv(m, TILE) * triton.cdiv(n, TILE),](
