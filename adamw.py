@@ -1,8 +1,8 @@
 """AdamW for layers of many weights and few rows, whose gradients are never written.
 
 The gradient of a linear layer is a product of its rows: gradients^T @ inputs, (M, R) @ (R, N). For the backbone's last
-layer it is 7 GB, which the backward pass writes and AdamW reads once, where both factors are 72 MB. AdamW takes its
-time for reading and writing anyway. So model.WideLinear keeps the factors, and the kernel below multiplies them tile by
+layer it is 7 GB, which the backward pass writes and AdamW reads once, where both factors are 72 MB. And AdamW's
+time goes to reading and writing. So model.WideLinear keeps the factors, and the kernel below multiplies them tile by
 tile, just where it changes the weights of the tile: 24 bytes a weight in place of 32, and no memory for gradients.
 
     RowAdamW(groups, layers, lr=3e-4)    as torch.optim.AdamW, with the same state: checkpoints fit both. From now on a
@@ -22,14 +22,17 @@ TILE = 64  # side of a tile, and the rows multiplied at a time
 @triton.jit
 def _tile(rows, columns, height, width):
     """Where a tile of a matrix (height, width) lies in memory, and which of it is inside."""
-    rows, columns = rows.to(tl.int64)[:, None], columns[None, :]  # 1.7 billion weights: more bytes than 32 bits count
+    rows, columns = rows.to(tl.int64)[:, None], columns[None, :]  # 1.7 billion weights are near what 32 bits count
     return rows * width + columns, (rows < height) & (columns < width)
 
 
 @triton.jit
 def _step(weight, mean, square, gradients, inputs, corrections, R, M, N, lr, decay, beta1, beta2, eps,
           T: tl.constexpr):
-    """One program: a tile (T, T) of weight (M, N) and of both running means; gradients (R, M), inputs (R, N)."""
+    """One program: a tile (T, T) of weight (M, N) and of both running means; gradients (R, M), inputs (R, N).
+
+    corrections (2,): how much of the first mean, and of the second one's root, is there by this step (both began at 0).
+    """
     across = tl.cdiv(N, T)
     outs = tl.program_id(0) // across * T + tl.arange(0, T)
     ins = tl.program_id(0) % across * T + tl.arange(0, T)
@@ -76,7 +79,7 @@ class RowAdamW(torch.optim.AdamW):
             state["step"] = torch.zeros((), device=weight.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
         state["step"] += 1
-        step = state["step"].to(weight.device, torch.float64)  # the means start at 0: how much of each is there by now
+        step = state["step"].to(weight.device, torch.float64)  # of a run on a CPU it is there
         corrections = torch.stack((1 - beta1**step, (1 - beta2**step).sqrt())).float()
         (m, n), decay = weight.shape, 1 - group["lr"] * group["weight_decay"]
         _step[triton.cdiv(m, TILE) * triton.cdiv(n, TILE),](

@@ -84,7 +84,8 @@ class WideLinear(nn.Linear):
         if not self.training:  # nothing to save, and --low_memory converts weights itself
             return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
-            x, plain = x.to(self.weight.dtype), self.rows is None and not self.exchanges_rows
+            x = x.to(self.weight.dtype)
+            plain = self.rows is None and not self.exchanges_rows
             return super().forward(x) if plain else _ByRows.apply(x, self.weight, self.bias, self)
 
 
@@ -664,7 +665,8 @@ class MindEye2(nn.Module):
         """torch.compile what most of a step's time goes to, by pieces: the whole would take minutes."""
         layers = self.diffusion_prior.net.causal_transformer.layers if self.diffusion_prior is not None else ()
         for block in (*layers, self.backbone.clip_proj):
-            block.forward = torch.compile(block.forward)  # block.compile() passes over PyTorch's own (2.11: clip_proj)
+            # Not block.compile(): PyTorch 2.11 ignores it for a module whose class is its own, as clip_proj's is.
+            block.forward = torch.compile(block.forward)
 
     @torch.no_grad()
     def tie_positions(self, std: float = 1.0, generator: torch.Generator | None = None) -> None:

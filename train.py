@@ -136,7 +136,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                    help="of AdamW's two numbers a weight: 8 saves 6 bytes a weight (13 GB of the paper's model) for "
                         "small GPUs; needs pip install torchao")
     p.add_argument("--compile", action=flag, default=False,
-                   help="torch.compile of the prior's layers on a GPU: faster steps, after half a minute")
+                   help="torch.compile of the prior's layers and the retrieval head: on a GPU faster steps, after half "
+                        "a minute")
     p.add_argument("--detect_anomaly", action=flag, default=False,
                    help="stop at the first operation whose gradient is NaN, and say which: to study, for it is slow; "
                         "not in the paper")
@@ -557,7 +558,8 @@ def make_optimizer(args: argparse.Namespace, accelerator: Accelerator, model: Mi
     groups, on_gpu = networks.parameter_groups(model), accelerator.device.type == "cuda"
     if args.optimizer_bits == 8:
         return in_pieces(eight_bit_adamw(), groups, lr=args.max_lr)
-    wide = [layer for layer in wide_layers(model).values() if accelerator.num_processes == 1 or layer.exchanges_rows]
+    alone = accelerator.distributed_type == DistributedType.NO  # one process may have DDP, too
+    wide = [layer for layer in wide_layers(model).values() if alone or layer.exchanges_rows]
     if on_gpu and wide and networks.has_triton() and not (accelerator.state.deepspeed_plugin or accelerator.scaler):
         from adamw import RowAdamW  # here: a CPU has no Triton
         return RowAdamW(groups, wide, lr=args.max_lr, fused=True)

@@ -123,7 +123,7 @@ def pictures_table(world: Path, folder: Path, cpu: bool) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    tables = {"losses": losses_table, "kill": kill_table, "pictures": pictures_table}  # the last: the first's model
+    tables = {"losses": losses_table, "kill": kill_table, "pictures": pictures_table}  # pictures need the losses' model
     parser.add_argument("--cpu", action="store_true", help="two CPU processes")
     parser.add_argument("--only", choices=["losses", "kill"], help="one of the tables; none: all")
     args = parser.parse_args()

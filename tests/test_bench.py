@@ -9,6 +9,8 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 import bench_gpu  # noqa: E402
 
+import data  # noqa: E402
+
 
 def test_training_is_timed_in_its_own_loop(capsys):
     results = bench_gpu.main(["--tiny"])
@@ -18,3 +20,11 @@ def test_training_is_timed_in_its_own_loop(capsys):
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert rows[1].startswith("| fine-tuning, 4096 wide | 14 |") and rows[5].startswith("| clip | ")
     assert len(rows) == 7
+
+
+def test_its_world_of_many_trials_is_whole(tmp_path):
+    """More trials than it draws voxels for: no row of betas belongs to two of them."""
+    bench_gpu.write_world(tmp_path, bench_gpu.TINY, 400)
+    for subject in range(1, 9):
+        trials = data.load_trials(tmp_path, subject)
+        assert data.load_voxels(tmp_path, trials).shape == (400, 20)

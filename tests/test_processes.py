@@ -135,22 +135,22 @@ def test_who_makes_the_gradients_of_wide_layers(monkeypatch):
     pytest.importorskip("triton")
     args = train.parse_args([])
 
-    def optimizer(device="cuda", processes=1, plugin=None, scaler=None, exchanges=False, frozen=False):
+    def optimizer(device="cuda", kind=DistributedType.NO, plugin=None, scaler=None, exchanges=False, frozen=False):
         model = networks.MindEye2([5], 6, 1, 2, 3, 4, use_prior=False)
         layers = [model.ridge.linears[0], model.backbone.backbone_linear]
         for layer in layers:
             layer.exchanges_rows = exchanges
         if frozen:
             model.freeze()
-        accelerator = SimpleNamespace(device=torch.device(device), num_processes=processes, scaler=scaler,
+        accelerator = SimpleNamespace(device=torch.device(device), distributed_type=kind, scaler=scaler,
                                       state=SimpleNamespace(deepspeed_plugin=plugin))
         made = train.make_optimizer(args, accelerator, model)
         return type(made).__name__, [layer.rows for layer in layers]
 
     by_rows, plain = ("RowAdamW", [[], []]), ("AdamW", [None, None])
-    assert optimizer() == optimizer(processes=2, exchanges=True) == by_rows
+    assert optimizer() == optimizer(kind=DistributedType.MULTI_GPU, exchanges=True) == by_rows
     assert optimizer(frozen=True) == ("RowAdamW", [[], None])
-    for how in ({"device": "cpu"}, {"processes": 2}, {"plugin": object()}, {"scaler": object()}):
+    for how in ({"device": "cpu"}, {"kind": DistributedType.MULTI_GPU}, {"plugin": object()}, {"scaler": object()}):
         assert optimizer(**how) == plain
     monkeypatch.setattr(networks, "has_triton", lambda: False)
     assert optimizer() == plain
