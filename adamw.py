@@ -1,9 +1,9 @@
 """AdamW for layers of many weights and few rows, whose gradients are never written.
 
 The gradient of a linear layer is a product of its rows: gradients^T @ inputs, (M, R) @ (R, N). For the backbone's last
-layer it is 7 GB, which the backward pass writes and AdamW reads once, where both factors are 72 MB. And AdamW's
-time goes to reading and writing. So model.WideLinear keeps the factors, and the kernel below multiplies them tile by
-tile, just where it changes the weights of the tile: 24 bytes a weight in place of 32, and no memory for gradients.
+layer it is 7 GB, which the backward pass writes and AdamW reads once, where both factors are 72 MB. And AdamW's time
+goes to reading and writing. So model.WideLinear keeps the factors, and the kernel below multiplies them tile by tile,
+just where it changes the weights of the tile: 24 bytes a weight in place of 32, and no memory for gradients.
 
     RowAdamW(groups, layers, lr=3e-4)    as torch.optim.AdamW, with the same state: checkpoints fit both. From now on a
                                          layer's backward pass appends (gradients (R, M), inputs (R, N)) to layer.rows
