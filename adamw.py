@@ -79,7 +79,7 @@ class RowAdamW(torch.optim.AdamW):
             state["step"] = torch.zeros((), device=weight.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
         state["step"] += 1
-        step = state["step"].to(weight.device, torch.float64)  # of a run on a CPU it is there
+        step = state["step"].to(weight.device, torch.float64)  # a CPU's checkpoint has it there
         corrections = torch.stack((1 - beta1**step, (1 - beta2**step).sqrt())).float()
         (m, n), decay = weight.shape, 1 - group["lr"] * group["weight_decay"]
         _step[triton.cdiv(m, TILE) * triton.cdiv(n, TILE),](

@@ -24,7 +24,7 @@ import math
 import os
 from collections.abc import Iterator
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -800,10 +800,9 @@ def set_up(args: argparse.Namespace, accelerator: Accelerator, sizes: dict, pret
 
 def fetch_all(args: argparse.Namespace, run: SimpleNamespace) -> Iterator[dict]:
     """The batches of all steps from run.step on. One stream: reading ahead does not start anew with each epoch."""
-    began, done = divmod(run.step, run.steps)
-    for epoch in range(began, args.num_epochs):
-        for picked in islice(run.batches(epoch), done if epoch == began else 0, None):
-            yield fetch(run.sets, run.targets, picked, args)
+    epoch, done = divmod(run.step, run.steps)
+    chosen = chain.from_iterable(map(run.batches, range(epoch, args.num_epochs)))
+    return (fetch(run.sets, run.targets, picked, args) for picked in islice(chosen, done, None))
 
 
 def train_epoch(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNamespace, mixing: bool,

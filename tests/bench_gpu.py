@@ -33,6 +33,7 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -122,14 +123,13 @@ def forget_files(folder: Path) -> None:
 
 
 def load_only(args: argparse.Namespace, run: SimpleNamespace, device: torch.device) -> float:
-    """Milliseconds a step that loading takes when nothing else is done: an epoch, by the same calls as train.py."""
-    began, chosen = time.perf_counter(), list(run.batches(0))
-    fetched = (train.fetch(run.sets, run.targets, picked, args) for picked in chosen)
-    for batch in data.prefetch(fetched, device, pin=True):
+    """Milliseconds a step that loading takes when nothing else is done, over an epoch."""
+    began = time.perf_counter()
+    for batch in data.prefetch(islice(train.fetch_all(args, run), run.steps), device, pin=True):
         train.encode(batch, run.targets, device)
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return 1000 * (time.perf_counter() - began) / len(chosen)
+    return 1000 * (time.perf_counter() - began) / run.steps
 
 
 def limit_memory(card: int) -> None:

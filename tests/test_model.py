@@ -217,6 +217,15 @@ def test_the_bias_is_its_table_by_distance(small):
     assert not torch.equal(bias.table()[:, 112], bias.table()[:, -1])
 
 
+def interpreted(script: str) -> str:
+    """What a script prints whose GPU kernels are run by Triton's interpreter, on the CPU."""
+    pytest.importorskip("triton")
+    done = subprocess.run([sys.executable, "-c", script, str(Path(m.__file__).parent)], capture_output=True, text=True,
+                          env=os.environ | {"TRITON_INTERPRET": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
 FUSED = """
 import sys, torch
 sys.path[:0] = sys.argv[1:]
@@ -238,12 +247,8 @@ print(len(results[0]), "tensors agree")
 
 
 def test_fused_attention_is_the_plain_one_with_its_gradients():
-    """The kernels, run by Triton's interpreter: a tile with near, far and ahead keys, odd lengths, padded channels."""
-    pytest.importorskip("triton")
-    done = subprocess.run([sys.executable, "-c", FUSED, str(Path(m.__file__).parent)], capture_output=True, text=True,
-                          env=os.environ | {"TRITON_INTERPRET": "1"})
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "tensors agree" in done.stdout
+    """A tile with near, far and ahead keys, odd lengths, padded channels."""
+    assert "tensors agree" in interpreted(FUSED)
 
 
 ROWS = """
@@ -279,11 +284,7 @@ print("the same weights")
 
 
 def test_adamw_by_rows_is_adamw():
-    pytest.importorskip("triton")
-    done = subprocess.run([sys.executable, "-c", ROWS, str(Path(m.__file__).parent)], capture_output=True, text=True,
-                          env=os.environ | {"TRITON_INTERPRET": "1"})
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "the same weights" in done.stdout
+    assert "the same weights" in interpreted(ROWS)
 
 
 def test_what_is_compiled(monkeypatch):
