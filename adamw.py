@@ -12,6 +12,7 @@ AdamW: Loshchilov and Hutter 2019, arXiv 1711.05101. On a GPU only; train.make_o
 """
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor, nn
@@ -20,31 +21,24 @@ TILE = 64  # side of a tile, and the rows multiplied at a time
 
 
 @triton.jit
-def _tile(rows, columns, height, width):
-    """Where a tile of a matrix (height, width) lies in memory, and which of it is inside."""
-    rows, columns = rows.to(tl.int64)[:, None], columns[None, :]  # 1.7 billion weights are near what 32 bits count
-    return rows * width + columns, (rows < height) & (columns < width)
-
-
-@triton.jit
 def _step(weight, mean, square, gradients, inputs, corrections, R, M, N, lr, decay, beta1, beta2, eps,
           T: tl.constexpr):
-    """One program: a tile (T, T) of weight (M, N) and of both running means; gradients (R, M), inputs (R, N).
+    """One program: a tile (T, T) of weight (M, N) and of both running means; gradients (M, R), inputs (N, R).
 
     corrections (2,): how much of the first mean, and of the second one's root, is there by this step (both began at 0).
+    R is a multiple of T, and what is multiplied lies side by side in memory, as tensor cores want it.
     """
     across = tl.cdiv(N, T)
-    outs = tl.program_id(0) // across * T + tl.arange(0, T)
-    ins = tl.program_id(0) % across * T + tl.arange(0, T)
+    outs = tl.program_id(0) // across * T + tl.arange(0, T)[:, None]
+    ins = tl.program_id(0) % across * T + tl.arange(0, T)[:, None]
+    wide = outs.to(tl.int64)  # 1.7 billion weights are near what 32 bits count
     slope = tl.zeros([T, T], tl.float32)
     for first in range(0, R, T):
-        rows = first + tl.arange(0, T)
-        here, inside = _tile(rows, outs, R, M)
-        left = tl.load(gradients + here, mask=inside, other=0.0)  # (T, T)
-        here, inside = _tile(rows, ins, R, N)
-        right = tl.load(inputs + here, mask=inside, other=0.0)    # (T, T)
-        slope += tl.dot(tl.trans(left), right)
-    here, inside = _tile(outs, ins, M, N)
+        rows = first + tl.arange(0, T)[None, :]
+        left = tl.load(gradients + wide * R + rows, outs < M, other=0.0)  # (T, T)
+        right = tl.load(inputs + ins * R + rows, ins < N, other=0.0)      # (T, T)
+        slope += tl.dot(left, tl.trans(right))
+    here, inside = wide * N + tl.trans(ins), (outs < M) & (tl.trans(ins) < N)
     w, m, s = tl.load(weight + here, inside), tl.load(mean + here, inside), tl.load(square + here, inside)
     # AdamW itself: running means of the gradient and of its square, decay, a step of their quotient.
     m += (slope - m) * (1 - beta1)
@@ -54,6 +48,12 @@ def _step(weight, mean, square, gradients, inputs, corrections, R, M, N, lr, dec
     tl.store(weight + here, w, inside)
     tl.store(mean + here, m, inside)
     tl.store(square + here, s, inside)
+
+
+def _columns(rows: list[Tensor]) -> Tensor:
+    """Several (.., N) -> (N, R), R rows in all and then zeros up to a whole tile."""
+    rows = torch.cat(rows)
+    return F.pad(rows.T, (0, -len(rows) % TILE)).contiguous()
 
 
 class RowAdamW(torch.optim.AdamW):
@@ -69,7 +69,7 @@ class RowAdamW(torch.optim.AdamW):
         group_of = {p: group for group in self.param_groups for p in group["params"]}
         for layer in self.layers:
             if layer.rows:
-                gradients, inputs = (torch.cat(parts) for parts in zip(*layer.rows, strict=True))  # (R, M), (R, N)
+                gradients, inputs = map(_columns, zip(*layer.rows, strict=True))  # (M, R), (N, R)
                 self._step_weight(layer.weight, gradients, inputs, group_of[layer.weight])
         return super().step(closure)
 
@@ -83,7 +83,7 @@ class RowAdamW(torch.optim.AdamW):
         corrections = torch.stack((1 - beta1**step, (1 - beta2**step).sqrt())).float()
         (m, n), decay = weight.shape, 1 - group["lr"] * group["weight_decay"]
         _step[triton.cdiv(m, TILE) * triton.cdiv(n, TILE),](
-            weight, state["exp_avg"], state["exp_avg_sq"], gradients, inputs, corrections, len(inputs), m, n,
+            weight, state["exp_avg"], state["exp_avg_sq"], gradients, inputs, corrections, inputs.shape[1], m, n,
             group["lr"], decay, beta1, beta2, group["eps"], TILE, num_warps=4, num_stages=1)  # see attention._options
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -44,24 +44,34 @@ def noting_sigterm(run: SimpleNamespace) -> Iterator[None]:
     """SIGTERM, which slurm sends before it takes a machine away, sets run.stop instead of ending the process.
 
     Also while an error ends it: where a process died, the launcher sends SIGTERM to the others at about the time at
-    which they find the connection broken, and would silence what they say of it.
+    which they find the connection broken, and would silence what they say of it. run.cpus: see `asked_to_stop`.
     """
-    run.stop = False
+    run.stop, run.cpus = False, None
+    if torch.distributed.is_initialized():
+        run.cpus = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
     before = signal.signal(signal.SIGTERM, lambda *_: setattr(run, "stop", True))
     yield
     signal.signal(signal.SIGTERM, before)
 
 
-def asked_to_stop(accelerator: Accelerator, run: SimpleNamespace, now: bool) -> bool:
-    """Whether any process got SIGTERM. Several agree on it every tenth step, or `now`: asking takes time."""
+def asked_to_stop(accelerator: Accelerator, run: SimpleNamespace) -> bool:
+    """Whether any process got SIGTERM.
+
+    They ask each other after each step, and from CPU to CPU (gloo): by NCCL, CPUs would wait for their GPUs, and a GPU
+    that waits for a dead process waits for hours, where gloo finds the connection broken (`naming_lost`).
+    """
     if accelerator.num_processes == 1:
         return run.stop
-    if run.step % 10 and not now:
-        return False
-    return accelerator.reduce(torch.tensor(float(run.stop), device=accelerator.device)).item() > 0
+    stop = torch.tensor(float(run.stop))
+    torch.distributed.all_reduce(stop, group=run.cpus)
+    return stop.item() > 0
 
 
 def end_of_sigterm(accelerator: Accelerator) -> SystemExit:
-    """What to raise after saving: the exit code by which slurm knows that the signal ended the process."""
+    """What to raise after saving: the exit code by which slurm knows that the signal ended the process.
+
+    All end together: where one has ended, the launcher gives the others, which may be writing still, 30 seconds.
+    """
+    accelerator.wait_for_everyone()
     accelerator.end_training()
     return SystemExit(128 + signal.SIGTERM)

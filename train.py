@@ -752,7 +752,7 @@ def resume(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNamesp
 
 def stop_if_asked(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNamespace) -> None:
     """Save and exit if any process got SIGTERM."""
-    if processes.asked_to_stop(accelerator, run, now=run.step % run.steps == 0):
+    if processes.asked_to_stop(accelerator, run):
         gather_losses(args, accelerator, run)
         save(args, accelerator, run)
         raise processes.end_of_sigterm(accelerator)
@@ -770,7 +770,7 @@ def set_up(args: argparse.Namespace, accelerator: Accelerator, sizes: dict, pret
     """All that the loop needs: .sets and .targets, .model, .optimizer and .scheduler, .steps of an epoch, and .batches:
     the trials of each step of an epoch. And what it has seen: .step, .losses of each, .fresh (`gather_losses`),
     .history, .best, .last test, .parts of the last loss. (`train` adds .ahead, batches that are being read, and .bar;
-    processes.noting_sigterm .stop.)
+    processes.noting_sigterm .stop and .cpus.)
     """
     sets = load_data(args)
     targets = load_targets(args, accelerator, sets)

@@ -822,7 +822,7 @@ def learn(args: argparse.Namespace, accelerator: Accelerator, base: SimpleNamesp
             reported = run.step % args.ckpt_interval == 0 or run.step == args.num_steps
             if reported:
                 report(args, accelerator, run)
-            if processes.asked_to_stop(accelerator, run, now=reported):
+            if processes.asked_to_stop(accelerator, run):
                 if not reported:
                     mean_loss(args, run)
                     save_state(args, accelerator, run)

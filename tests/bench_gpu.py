@@ -13,7 +13,8 @@ Targets: data.py's own pass over images, with the frozen networks at their true 
 /dev/shm, so that it is not the disk that is measured. Pictures: tests/bench_recon.py and tests/bench_refine.py.
 
 Several processes (`--processes`): the same loop, the second row of ROWS, started by `accelerate launch` with the files
-of configs/ as they are, on one GPU and on several. "of linear": samples a second, by those of one GPU times the GPUs.
+of configs/ as they are, on one GPU and on several, with targets that the system keeps in main memory: how much one disk
+gives to many is another question. "of linear": samples a second, by those of one GPU times the GPUs.
 
     python tests/bench_gpu.py             an NVIDIA GPU of 80 GB; eight minutes
     python tests/bench_gpu.py --all       more rows of training, more batch sizes and flags of pictures
@@ -139,10 +140,10 @@ def limit_memory(card: int) -> None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, USABLE * card / total))
 
 
-def measure(folder: Path, size: SimpleNamespace, flags: str, warm: int, steps: int) -> SimpleNamespace:
+def measure(folder: Path, size: SimpleNamespace, flags: str, warm: int, steps: int, disk: bool) -> SimpleNamespace:
     """.ms a step, .parts of it {name: ms}, GiB at the .peak and .reserved, .weights that learn, .batch.
 
-    And .loader: ms that loading takes by itself.
+    And .loader: ms that loading takes by itself, from the `disk` or what the system keeps of it in memory.
     """
     gc.collect()
     cuda = torch.cuda.is_available()
@@ -165,7 +166,8 @@ def measure(folder: Path, size: SimpleNamespace, flags: str, warm: int, steps: i
 
     def first_epoch(args, accelerator, run, *rest):
         if not hasattr(found, "loader"):
-            forget_files(folder)
+            if disk:
+                forget_files(folder)
             found.loader = load_only(args, run, accelerator.device)
         return epoch(args, accelerator, run, *rest)
 
@@ -241,7 +243,7 @@ def training_row(number: int, folder: Path, tiny: bool, flags: str) -> SimpleNam
     matmul, copy = (math.inf, math.inf) if tiny else limits()
     limit_memory(card)
     try:
-        found = measure(folder, TINY if tiny else TRUE, own, *((1, 2) if tiny else (16, 30)))
+        found = measure(folder, TINY if tiny else TRUE, own, *((1, 2) if tiny else (16, 30)), disk=True)
     except torch.cuda.OutOfMemoryError as error:
         return print(f"| {title} | | {card} GB | {str(error).splitlines()[0]} |", flush=True)
     floor = 1000 * (found.batch * OPERATIONS / matmul + found.weights * BYTES / copy)
@@ -267,7 +269,7 @@ def training_table(folder: Path, flags: str, rows: range) -> None:
 
 def launched_row(number: int, folder: Path, tiny: bool, flags: str, warm: int, steps: int) -> None:
     """One of the processes that accelerate launched: the first writes what it measured to folder/row.json."""
-    found = measure(folder, TINY if tiny else TRUE, f"{ROWS[number][1]} {flags}", warm, steps)
+    found = measure(folder, TINY if tiny else TRUE, f"{ROWS[number][1]} {flags}", warm, steps, disk=False)
     if PartialState().is_main_process:
         found.main_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         found.processes = PartialState().num_processes
@@ -277,8 +279,8 @@ def launched_row(number: int, folder: Path, tiny: bool, flags: str, warm: int, s
 
 def processes_table(folder: Path, tiny: bool, names: list[str]) -> list[dict]:
     """Rows: each of `names`, files of configs/, on one GPU, on two, and so on to all that there are."""
-    print("| config | GPUs | batch | ms / step | samples / s | of linear | peak GiB a GPU (reserved) | "
-          "main memory of one process, GiB |\n|---|--:|--:|--:|--:|--:|--:|--:|", flush=True)
+    print("| config | GPUs | batch | ms / step | loader | samples / s | of linear | peak GiB a GPU (reserved) | "
+          "main memory of one process, GiB |\n|---|--:|--:|--:|--:|--:|--:|--:|--:|", flush=True)
     configs, rows, alone = Path(__file__).parents[1] / "configs", [], {}
     counts = [2**i for i in range(4) if 2**i <= (2 if tiny else torch.cuda.device_count())]
     for config, flags, warm, steps in [row for row in SEVERAL if row[0] in names]:
@@ -298,8 +300,8 @@ def processes_table(folder: Path, tiny: bool, names: list[str]) -> list[dict]:
             rate = 1000 * row["processes"] * row["batch"] / row["ms"]
             alone.setdefault(config, rate / count)
             print(f"| `{file}.yaml` | {row['processes']} | {row['processes']} x {row['batch']} | {row['ms']:.1f} | "
-                  f"{rate:.0f} | {rate / count / alone[config]:.0%} | {row['peak']:.1f} ({row['reserved']:.1f}) | "
-                  f"{row['main_memory']:.1f} |", flush=True)
+                  f"{row['loader']:.0f} | {rate:.0f} | {rate / count / alone[config]:.0%} | {row['peak']:.1f} "
+                  f"({row['reserved']:.1f}) | {row['main_memory']:.1f} |", flush=True)
             rows.append(row)
     return rows
 

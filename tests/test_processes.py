@@ -6,6 +6,7 @@
 import json
 import os
 import signal
+import subprocess
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -202,7 +203,7 @@ def losses(args, accelerator, *rest):
     left -= 1
     if not left and rank == "1":
         open(folder + "/died", "w").write(str(time.time()))
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), getattr(signal, os.environ["SENT"]))
     return step(args, accelerator, *rest)
 
 left, train.step_losses = 3, losses
@@ -210,15 +211,25 @@ model.run_main(lambda: train.main(sys.argv[2:]))
 """
 
 
-def test_when_one_process_is_killed_the_others_end(smoke_world, tmp_path):
-    """The broken connection is an error of the next exchange, which is named; the launcher reports who died of what.
-
-    (accelerate launch uses the same launcher.)
+def send_second(sent: str, world: Path, folder: Path, monkeypatch) -> subprocess.CompletedProcess:
+    """Train in two processes, of which the second gets a signal at its third step. (accelerate launch starts so, too.)
     """
-    script = tmp_path / "dying.py"
+    script = folder / "dying.py"
     script.write_text(DYING)
-    done = launch(tmp_path, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, tmp_path,
-                  *arguments(smoke_world, tmp_path, "--model_name=a", "--num_epochs=9", "--batch_size=4", *SMALL))
+    monkeypatch.setenv("SENT", sent)
+    return launch(folder, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, folder,
+                  *arguments(world, folder, "--model_name=a", "--num_epochs=9", "--batch_size=4", *SMALL))
+
+
+def test_when_one_process_is_asked_to_stop_both_save_and_end(smoke_world, tmp_path, monkeypatch):
+    done = send_second("SIGTERM", smoke_world, tmp_path, monkeypatch)
+    assert "exitcode  : 143" in done.stderr, done.stderr[-2000:]
+    assert checkpoints.load_checkpoint(tmp_path / "train_logs/a")["step"] == 3
+
+
+def test_when_one_process_is_killed_the_others_end(smoke_world, tmp_path, monkeypatch):
+    """The broken connection is an error of the next exchange, which is named; the launcher reports who died of what."""
+    done = send_second("SIGKILL", smoke_world, tmp_path, monkeypatch)
     assert time.time() - float((tmp_path / "died").read_text()) < 60
     assert done.returncode == 1 and "Signal 9 (SIGKILL) received" in done.stderr, done.stderr[-2000:]
     said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
