@@ -219,21 +219,21 @@ def average_repeats(values, positions: list[np.ndarray]):
 
 
 @torch.no_grad()
-def embed_images(model, voxels: torch.Tensor, positions: list[np.ndarray], subject: int = 0,
-                 chunk: int = 256) -> dict[str, torch.Tensor]:
+def embed_images(model, voxels: torch.Tensor, positions: list[np.ndarray], subject=0, chunk=256) -> dict:
     """What a brain says of n images: voxels (trials, V) and, for each image, the rows of its repetitions.
 
-    Returns the model's backbone (n, S, D), clip_voxels (n, S, D), blurry_latents (n, 4, L, L) on the CPU. The outputs
+    Returns {"backbone": (n, S, D), "clip_voxels": (n, S, D), "blurry_latents": (n, 4, L, L)} on the CPU. The outputs
     are averaged, not the voxels (A.2): the model was trained on single trials, never on their calmer average.
     """
-    device, rows = next(model.parameters()).device, np.concatenate(positions)
-    outputs = {}
-    for part in torch.from_numpy(rows).split(chunk):
-        for name, values in vars(model.embed(voxels[part].to(device).float(), subject)).items():
-            if values is not None and name != "blurry_features":
-                outputs.setdefault(name, []).append(values.float().cpu())
-    groups = np.split(np.arange(len(rows)), np.cumsum([len(p) for p in positions])[:-1])
-    return {name: average_repeats(torch.cat(parts), groups) for name, parts in outputs.items()}
+    device, outputs = next(model.parameters()).device, {}
+    images = max(1, chunk // max(map(len, positions)))
+    for part in (positions[i : i + images] for i in range(0, len(positions), images)):
+        rows = np.concatenate(part)
+        groups = np.split(np.arange(len(rows)), np.cumsum([len(p) for p in part])[:-1])
+        for name, values in vars(model.embed(voxels[rows].to(device).float(), subject)).items():
+            if values is not None and name != "blurry_features":  # three repetitions: a third to bring to the CPU
+                outputs.setdefault(name, []).append(average_repeats(values.float(), groups).cpu())
+    return {name: torch.cat(parts) for name, parts in outputs.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
