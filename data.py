@@ -306,7 +306,6 @@ class Images:
 
     data_path is its folder, or the file itself. With `resize`, pictures come at that size.
     """
-
     def __init__(self, data_path, resize: int | None = None):
         self.path, self._pid, self.resize = Path(data_path), None, resize
         if self.path.suffix not in (".hdf5", ".h5"):
@@ -381,7 +380,6 @@ class TarImages:
     """
 
     SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-
     def __init__(self, pattern: str, size: int):
         self.paths, self.size = expanded(pattern), size
         found, unreadable = [], []
@@ -619,7 +617,6 @@ class TargetCache:
     the file name, so another network's leftover is never used. One process fills; another sees the rows as soon as
     they are done.
     """
-
     def __init__(self, folder, name: str, encode: Callable | None, shape: tuple[int, ...], fingerprint: str):
         self.name, self.encode, self.shape = name, encode, tuple(shape)
         self.path = Path(folder) / f"{name}_{fingerprint}.npy"
@@ -729,7 +726,9 @@ class TargetCache:
             rows = self._place[rows]
         else:
             self._announce(rows)
-        return torch.from_numpy(np.array(self._targets[rows]))  # (B, *shape)
+        targets = torch.empty(len(rows), *self.shape, dtype=torch.float16, pin_memory=torch.cuda.is_available())
+        np.take(self._targets, rows, axis=0, out=targets.numpy(), mode="clip")  # "raise", the default, copies twice
+        return targets  # (B, *shape)
 
 
 def turned_hue(images: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:

@@ -44,11 +44,12 @@ def for_inference(network: nn.Module, device: str | torch.device, dtype: torch.d
     return nn.Module.to(network.eval().requires_grad_(False), device, dtype)
 
 
-def read_whole(kind: type, folder: Path, **options) -> nn.Module:
-    """kind.from_pretrained(folder). Raises KeyError if a weight is missing: the libraries go on with random numbers."""
-    network, report = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True, **options)
+def read_whole(kind: type, place: Path | str, local_files_only: bool = True, **options) -> nn.Module:
+    """kind.from_pretrained(place). Raises KeyError if a weight is missing: the libraries go on with random numbers."""
+    options |= {"local_files_only": local_files_only, "output_loading_info": True}
+    network, report = kind.from_pretrained(place, **options)
     if report["missing_keys"]:
-        raise KeyError(f"no {min(report['missing_keys'])} in {folder.name}")
+        raise KeyError(f"no {min(report['missing_keys'])} in {Path(place).name}")
     return network
 
 
@@ -589,12 +590,12 @@ def load_captioner(cache_dir: str | Path, device: str | torch.device, dtype: tor
         (seq_out, seq_in), (dim_out, dim_in) = state["linear1.weight"].shape, state["linear2.weight"].shape
         converter = CLIPConverter(seq_in, seq_out, dim_in, dim_out)
         converter.load_state_dict(state)
-    name, place = folder, {}
+    place, options = folder, {}
     if not folder.exists():
-        name, place = GIT[0], {"cache_dir": hub_place(cache_dir, *GIT)}
+        place, options = GIT[0], {"cache_dir": hub_place(cache_dir, *GIT), "local_files_only": False}
     with reading(folder, "--cache_dir, or pass --no-captions", must_exist=False):
-        git = GitForCausalLM.from_pretrained(name, **place)
-        tokenizer = AutoTokenizer.from_pretrained(name, **place)
+        git = read_whole(GitForCausalLM, place, **options)
+        tokenizer = AutoTokenizer.from_pretrained(place, **options)
     return for_inference(Captioner(git, converter, tokenizer), device, dtype)
 
 

@@ -645,6 +645,11 @@ class MindEye2(nn.Module):
             out["loss_prior"], out["prior_prediction"] = self.diffusion_prior.loss(out["backbone"], clip_target)
         return out
 
+    def constants(self) -> dict[str, Tensor]:
+        """By name, what is neither learned nor meant for half precision: noise tables and rotary frequencies."""
+        return {name: value for name, value in self.state_dict().items()
+                if name.startswith("diffusion_prior.noise_scheduler.") or name.endswith("rotary_emb.freqs")}
+
     def freeze(self) -> None:
         """Let nothing learn but the ridge: what is new about a subject is then one linear map (2.1)."""
         for part in (self.backbone, self.diffusion_prior):

@@ -48,7 +48,11 @@ def noting_sigterm(run: SimpleNamespace) -> Iterator[None]:
     """
     run.stop, run.cpus = False, None
     if torch.distributed.is_initialized():
-        run.cpus = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+        try:
+            run.cpus = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+        except RuntimeError as error:
+            raise UserError(f"the processes' CPUs cannot reach each other ({str(error).splitlines()[0]}): set "
+                            "GLOO_SOCKET_IFNAME to the network between the machines, as `ip addr` names it.") from error
     before = signal.signal(signal.SIGTERM, lambda *_: setattr(run, "stop", True))
     yield
     signal.signal(signal.SIGTERM, before)

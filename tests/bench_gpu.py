@@ -236,6 +236,10 @@ HEAD = ("| training | batch | card | ms / step | forward, backward, AdamW, loadi
         "floor, ms | original, ms (GPU) | times as fast (GPU) |\n|---|--:|--:|--:|---|--:|--:|--:|--:|--:|")
 
 
+def parts_of(found: dict[str, float]) -> str:
+    return ", ".join(f"{found.get(name, 0):.0f}" for name in ("forward", "backward", "AdamW", "load"))
+
+
 def training_row(number: int, folder: Path, tiny: bool, flags: str) -> SimpleNamespace | None:
     """Measure and print a row; None if it runs out of memory."""
     title, own, card, wall, busy = ROWS[number]
@@ -247,12 +251,10 @@ def training_row(number: int, folder: Path, tiny: bool, flags: str) -> SimpleNam
     except torch.cuda.OutOfMemoryError as error:
         return print(f"| {title} | | {card} GB | {str(error).splitlines()[0]} |", flush=True)
     floor = 1000 * (found.batch * OPERATIONS / matmul + found.weights * BYTES / copy)
-    parts = ", ".join(f"{found.parts.get(name, 0):.0f}" for name in ("forward", "backward", "AdamW", "load"))
     original = f"{wall}{f' ({busy})' if busy else ''}" if wall else ""
     times = f"{wall / found.ms:.1f}{f' ({busy / found.ms:.1f})' if busy else ''}" if wall else ""
-    memory = f"{found.peak:.1f} ({found.reserved:.1f})"
-    print(f"| {title} | {found.batch} | {card} GB | {found.ms:.1f} | {parts} | {found.loader:.0f} | {memory} | "
-          f"{floor:.0f} | {original} | {times} |", flush=True)
+    print(f"| {title} | {found.batch} | {card} GB | {found.ms:.1f} | {parts_of(found.parts)} | {found.loader:.0f} | "
+          f"{found.peak:.1f} ({found.reserved:.1f}) | {floor:.0f} | {original} | {times} |", flush=True)
     return found
 
 
@@ -279,8 +281,9 @@ def launched_row(number: int, folder: Path, tiny: bool, flags: str, warm: int, s
 
 def processes_table(folder: Path, tiny: bool, names: list[str]) -> list[dict]:
     """Rows: each of `names`, files of configs/, on one GPU, on two, and so on to all that there are."""
-    print("| config | GPUs | batch | ms / step | loader | samples / s | of linear | peak GiB a GPU (reserved) | "
-          "main memory of one process, GiB |\n|---|--:|--:|--:|--:|--:|--:|--:|--:|", flush=True)
+    print("| config | GPUs | batch | ms / step | forward, backward, AdamW, loading | loader | samples / s | "
+          "of linear | peak GiB a GPU (reserved) | main memory of one process, GiB |\n"
+          "|---|--:|--:|--:|---|--:|--:|--:|--:|--:|", flush=True)
     configs, rows, alone = Path(__file__).parents[1] / "configs", [], {}
     counts = [2**i for i in range(4) if 2**i <= (2 if tiny else torch.cuda.device_count())]
     for config, flags, warm, steps in [row for row in SEVERAL if row[0] in names]:
@@ -290,7 +293,9 @@ def processes_table(folder: Path, tiny: bool, names: list[str]) -> list[dict]:
                 "accelerate.commands.launch", f"--config_file={configs / file}.yaml", f"--num_processes={count}"]
             steps_of = f"{1 if tiny else warm} {2 if tiny else steps}"
             row = ["--row=1", f"--folder={folder}", f"--launched={steps_of}", f"--flags={'' if tiny else flags}"]
-            threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // count))}  # the launcher's default is 1
+            threads = {}  # the launcher's default is 1
+            if "offload" in config:  # as its command has it
+                threads["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // count))
             done = subprocess.run([sys.executable, "-m", *launch, __file__, *row, *["--tiny"] * tiny],
                                   env=os.environ | MEMORY | threads)
             if done.returncode:
@@ -300,8 +305,8 @@ def processes_table(folder: Path, tiny: bool, names: list[str]) -> list[dict]:
             rate = 1000 * row["processes"] * row["batch"] / row["ms"]
             alone.setdefault(config, rate / count)
             print(f"| `{file}.yaml` | {row['processes']} | {row['processes']} x {row['batch']} | {row['ms']:.1f} | "
-                  f"{row['loader']:.0f} | {rate:.0f} | {rate / count / alone[config]:.0%} | {row['peak']:.1f} "
-                  f"({row['reserved']:.1f}) | {row['main_memory']:.1f} |", flush=True)
+                  f"{parts_of(row['parts'])} | {row['loader']:.0f} | {rate:.0f} | {rate / count / alone[config]:.0%} | "
+                  f"{row['peak']:.1f} ({row['reserved']:.1f}) | {row['main_memory']:.1f} |", flush=True)
             rows.append(row)
     return rows
 

@@ -452,6 +452,12 @@ def test_captioner_folder_and_errors(tmp_path):
     said = m.load_captioner(tmp_path, "cpu").caption(g["emb"])
     special = {0, 1, 2}
     assert said == [" ".join(f"w{i}" for i in row if i not in special) for row in g["generated"].tolist()]
+    state = load_file(tmp_path / "git/model.safetensors")
+    lost = next(name for name in state if "encoder" in name and name.endswith("weight"))
+    save_file({name: x for name, x in state.items() if name != lost}, tmp_path / "git/model.safetensors",
+              {"format": "pt"})
+    with pytest.raises(UserError, match=f"no {lost} in git.*--no-captions"):
+        m.load_captioner(tmp_path, "cpu")
 
 
 def test_the_decoders_vae_is_never_rounded(tmp_path):

@@ -432,9 +432,12 @@ def test_checkpoint_round_trip(tmp_path):
         again.load_state_dict(state, strict=True)
         assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
         assert checkpoint["epoch"] == 3 and checkpoint["train_losses"] == [1.5]
+    constants = model.constants()
+    assert len(constants) == 13 + TINY["prior_depth"]
     checkpoints.save_checkpoint(tmp_path / "half.pth", model.half())
     state = checkpoints.load_checkpoint(tmp_path / "half.pth")["model_state_dict"]
     assert {value.dtype for value in state.values()} == {torch.float32}
+    assert all(torch.equal(state[name], value) for name, value in constants.items())
 
 
 def harmful() -> None:
@@ -527,13 +530,11 @@ def test_deepspeed_folder_gives_the_trained_float32_weights(tmp_path):
     model, folder = m.MindEye2(**UNEVEN), tmp_path / "train_logs" / "name"
     write_deepspeed(folder / "last", model, world=2)
     assert "deepspeed_fake" not in sys.modules
-    buffers = dict(model.named_buffers())
     for path in (folder, folder / "last.pth", folder / "last"):
         state = checkpoints.load_checkpoint(path)["model_state_dict"]
         assert list(state) == list(model.state_dict())
         for name, value in model.state_dict().items():
-            expected = value.half().float() if name in buffers else value
-            assert state[name].dtype == torch.float32 and torch.equal(state[name], expected), name
+            assert state[name].dtype == torch.float32 and torch.equal(state[name], value), name
     read, config = checkpoints.load_model(folder)
     checkpoints.save_checkpoint(folder / "last.pth", read, config=config)  # README.md's line
     shutil.rmtree(folder / "last")

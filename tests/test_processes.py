@@ -252,6 +252,17 @@ def test_sigterm_does_not_silence_an_error():
         signal.signal(signal.SIGTERM, before)
 
 
+def test_cpus_that_cannot_connect(monkeypatch):
+    def refuse(**_):
+        raise RuntimeError("Gloo connectFullMesh failed\nat pair.cc")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "new_group", refuse)
+    two = SimpleNamespace(num_processes=2)
+    with pytest.raises(UserError, match=r"\(Gloo connectFullMesh failed\): set GLOO_SOCKET_IFNAME"):
+        with processes.naming_lost(two, "--resume."), processes.noting_sigterm(SimpleNamespace()):
+            pass
+
+
 def test_other_errors_keep_their_traceback():
     two = SimpleNamespace(num_processes=2)
     with pytest.raises(RuntimeError, match="shapes"), processes.naming_lost(two, "--resume."):

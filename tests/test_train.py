@@ -385,6 +385,10 @@ train.main(sys.argv[1:])
     whole, cut = (checkpoints.load_checkpoint(tmp_path / "train_logs" / name) for name in ("whole", "cut"))
     assert whole["config"] == SMALL_SIZES | {"backbone": "mlp"}
     assert all(torch.equal(x, cut["model_state_dict"][name]) for name, x in whole["model_state_dict"].items())
+    saved = checkpoints.torch_load(tmp_path / "train_logs/whole/last/mp_rank_00_model_states.pt", "")["module"]
+    exact = networks.MindEye2([5], **SMALL_SIZES).constants()
+    assert exact.keys() < saved.keys() and all(torch.equal(x, saved[name]) for name, x in exact.items())
+    assert saved["backbone.backbone_linear.weight"].dtype == torch.bfloat16
     assert sorted(path.name for path in (tmp_path / "train_logs/cut").iterdir() if "tfevents" not in path.name) == [
         "curves.png", "last", "samples.png", "zero_to_fp32.py", "zero_to_torch.py"]  # the last two are DeepSpeed's
 
