@@ -31,14 +31,14 @@ def _step(weight, mean, square, gradients, inputs, corrections, R, M, N, lr, dec
     across = tl.cdiv(N, T)
     outs = tl.program_id(0) // across * T + tl.arange(0, T)[:, None]
     ins = tl.program_id(0) % across * T + tl.arange(0, T)[:, None]
-    wide = outs.to(tl.int64)  # 1.7 billion weights are near what 32 bits count
+    outs64 = outs.to(tl.int64)  # 1.7 billion weights are near what 32 bits count
     slope = tl.zeros([T, T], tl.float32)
     for first in range(0, R, T):
         rows = first + tl.arange(0, T)[None, :]
-        left = tl.load(gradients + wide * R + rows, outs < M, other=0.0)  # (T, T)
+        left = tl.load(gradients + outs64 * R + rows, outs < M, other=0.0)  # (T, T)
         right = tl.load(inputs + ins * R + rows, ins < N, other=0.0)      # (T, T)
         slope += tl.dot(left, tl.trans(right))
-    here, inside = wide * N + tl.trans(ins), (outs < M) & (tl.trans(ins) < N)
+    here, inside = outs64 * N + tl.trans(ins), (outs < M) & (tl.trans(ins) < N)
     w, m, s = tl.load(weight + here, inside), tl.load(mean + here, inside), tl.load(square + here, inside)
     # AdamW itself: running means of the gradient and of its square, decay, a step of their quotient.
     m += (slope - m) * (1 - beta1)

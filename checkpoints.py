@@ -137,7 +137,7 @@ def _in_full(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """All of a state dict in float32.
 
     What a half one holds of noise tables and rotary frequencies is made anew, as it follows from its size: in bfloat16,
-    as DeepSpeed leaves them, the first two of 100 noise levels are none, and the last positions turn .1 radian too far.
+    as DeepSpeed leaves them, two of 100 noise levels round to no noise, and positions near 500 turn .1 radian too far.
     """
     full = {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
     for name, value in state.items():

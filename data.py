@@ -726,8 +726,9 @@ class TargetCache:
             rows = self._place[rows]
         else:
             self._announce(rows)
-        targets = torch.empty(len(rows), *self.shape, dtype=torch.float16, pin_memory=torch.cuda.is_available())
-        np.take(self._targets, rows, axis=0, out=targets.numpy(), mode="clip")  # "raise", the default, copies twice
+        targets = torch.empty(len(rows), *self.shape, dtype=torch.float16, pin_memory=torch.cuda.is_initialized())
+        for target, row in zip(targets.numpy(), rows, strict=True):  # at once, all would be copied twice
+            target[...] = self._targets[row]
         return targets  # (B, *shape)
 
 

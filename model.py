@@ -690,7 +690,7 @@ class MindEye2(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Losses and MixCo (2.2); all in float32, whatever autocast says, since a temperature of .004 makes large logits
+# Losses and MixCo (2.2); in float32 (a GPU: TF32), whatever autocast says: a temperature of .004 makes large logits
 
 @torch.no_grad()
 def mixco(

@@ -52,7 +52,8 @@ def noting_sigterm(run: SimpleNamespace) -> Iterator[None]:
             run.cpus = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
         except RuntimeError as error:
             raise UserError(f"the processes' CPUs cannot reach each other ({str(error).splitlines()[0]}): set "
-                            "GLOO_SOCKET_IFNAME to the network between the machines, as `ip addr` names it.") from error
+                            "GLOO_SOCKET_IFNAME to the network between them, as `ip addr` names it (in one machine: "
+                            "lo).") from error
     before = signal.signal(signal.SIGTERM, lambda *_: setattr(run, "stop", True))
     yield
     signal.signal(signal.SIGTERM, before)

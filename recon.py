@@ -214,7 +214,7 @@ def batch_noise(images: np.ndarray, seed: int, shapes: list[tuple[int, ...]], st
     The numbers depend on seed and image only, not on the batch, the processes or the pictures before. (The original
     seeds once, so its picture i changes with all that was drawn earlier.) Each image's are drawn by a thread.
     """
-    batch = [torch.empty(len(images), *shape, pin_memory=torch.cuda.is_available()) for shape in shapes]
+    batch = [torch.empty(len(images), *shape, pin_memory=torch.cuda.is_initialized()) for shape in shapes]
 
     def draw(i: int) -> None:
         mixed = np.random.SeedSequence([seed, int(images[i]), stream]).generate_state(1)

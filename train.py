@@ -701,7 +701,7 @@ def save(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNamespac
     last = run_folder(args) / "last.pth"
     if not accelerator.state.deepspeed_plugin and accelerator.is_main_process:
         checkpoints.save_checkpoint(last, accelerator.unwrap_model(run.model),
-                                 optimizer_state_dict=run.optimizer.state_dict(), **state)
+                                    optimizer_state_dict=run.optimizer.state_dict(), **state)
     elif accelerator.state.deepspeed_plugin:
         run.model.save_checkpoint(str(last.parent), "last.building", client_state={"run": state}, save_latest=False)
         accelerator.wait_for_everyone()
@@ -786,7 +786,7 @@ def set_up(args: argparse.Namespace, accelerator: Accelerator, sizes: dict, pret
     if accelerator.state.deepspeed_plugin:  # it may have put one of its own in place of ours
         adamw = adamw.optimizer
         for name, value in accelerator.unwrap_model(model).state_dict(keep_vars=True).items():
-            value.data = constants.get(name, value.data)  # it halves them, too
+            value.data = constants.get(name, value.data)  # DeepSpeed halves constants, too
 
     trials, rank, world = [part.trials for part in sets.train], accelerator.process_index, accelerator.num_processes
     share = max(1, args.batch_size // len(trials))  # trials a subject: 42 = 7 x 6
