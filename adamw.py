@@ -36,7 +36,7 @@ def _step(weight, mean, square, gradients, inputs, corrections, R, M, N, lr, dec
     for first in range(0, R, T):
         rows = first + tl.arange(0, T)[None, :]
         left = tl.load(gradients + outs64 * R + rows, outs < M, other=0.0)  # (T, T)
-        right = tl.load(inputs + ins * R + rows, ins < N, other=0.0)      # (T, T)
+        right = tl.load(inputs + ins * R + rows, ins < N, other=0.0)        # (T, T)
         slope += tl.dot(left, tl.trans(right))
     here, inside = outs64 * N + tl.trans(ins), (outs < M) & (tl.trans(ins) < N)
     w, m, s = tl.load(weight + here, inside), tl.load(mean + here, inside), tl.load(square + here, inside)
