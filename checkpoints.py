@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from files import is_disk_full, save
-from model import MindEye2, NoiseScheduler, RotaryEmbedding, UserError
+from model import MindEye2, UserError, constants
 
 
 def save_checkpoint(path: str | Path, model: nn.Module, **extra: object) -> None:
@@ -133,22 +133,6 @@ def _load_deepspeed(folder: Path, flag: str) -> dict:
     return {"model_state_dict": state, "config": content.get("run", {}).get("config", {})}
 
 
-def _in_full(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """All of a state dict in float32.
-
-    What a half one holds of noise tables and rotary frequencies is made anew, as it follows from its size: in bfloat16,
-    as DeepSpeed leaves them, two of 100 noise levels round to no noise, and positions near 500 turn .1 radian too far.
-    """
-    full = {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
-    for name, value in state.items():
-        table = name.removeprefix("diffusion_prior.noise_scheduler.")
-        if value.dtype in (torch.float16, torch.bfloat16) and table != name:
-            full[name] = NoiseScheduler(len(value)).get_buffer(table)
-        elif value.dtype in (torch.float16, torch.bfloat16) and name.endswith("rotary_emb.freqs"):
-            full[name] = RotaryEmbedding(2 * len(value)).freqs.data
-    return full
-
-
 def load_checkpoint(path: str | Path, flag: str = "--model_name") -> dict:
     """Read a checkpoint: a `last.pth` file or the folder train_logs/NAME that holds it; half tensors become float32.
 
@@ -164,7 +148,10 @@ def load_checkpoint(path: str | Path, flag: str = "--model_name") -> dict:
     if not isinstance(checkpoint, dict) or "model_state_dict" not in checkpoint:
         raise UserError(f"{path} is not a checkpoint (it has no model_state_dict): name another with {flag}.")
     with reading(path, flag, must_exist=False):
-        checkpoint["model_state_dict"] = _in_full(checkpoint["model_state_dict"])
+        state = checkpoint["model_state_dict"]
+        full = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+        halves = {k: v for k, v in state.items() if v.dtype in (torch.float16, torch.bfloat16)}
+        checkpoint["model_state_dict"] = full | constants(halves)
     return checkpoint
 
 

@@ -104,7 +104,6 @@ def open_h5(path: Path, name: str, kind: type = h5py.Dataset):
 @dataclass
 class Trials:
     """The trials of one subject and one split, in file order; the i-th entries of all arrays are the same trial."""
-
     subject: int  # NSD's number, 1..8
     image: np.ndarray  # (n,) int64, row of coco_images_224_float16.hdf5
     beta: np.ndarray  # (n,) int64, row of betas_all_subj0N_fp32_renorm.hdf5
@@ -219,7 +218,8 @@ def average_repeats(values, positions: list[np.ndarray]):
 
 
 @torch.no_grad()
-def embed_images(model, voxels: torch.Tensor, positions: list[np.ndarray], subject=0, chunk=256) -> dict:
+def embed_images(model, voxels: torch.Tensor, positions: list[np.ndarray], subject: int = 0,
+                 chunk: int = 256) -> dict[str, torch.Tensor]:
     """What a brain says of n images: voxels (trials, V) and, for each image, the rows of its repetitions.
 
     Returns {"backbone": (n, S, D), "clip_voxels": (n, S, D), "blurry_latents": (n, 4, L, L)} on the CPU. The outputs
@@ -378,8 +378,8 @@ class TarImages:
     Each picture's shorter side becomes `size` pixels, and the middle square is kept: images[[5, 2]] -> (2, 3, size,
     size). The tars are read once for where each picture lies, so that any can be had in any order.
     """
-
     SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+
     def __init__(self, pattern: str, size: int):
         self.paths, self.size = expanded(pattern), size
         found, unreadable = [], []

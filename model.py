@@ -309,6 +309,22 @@ class RotaryEmbedding(nn.Module):
         return angles.cos(), angles.sin()
 
 
+def constants(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Noise tables and rotary frequencies of MindEye2's state dict, made anew in float32: they follow from their sizes.
+
+    Half precision is too coarse for them: in bfloat16, two of 100 noise levels round to no noise, and positions near
+    500 turn .1 radian too far.
+    """
+    exact = {}
+    for name, value in state.items():
+        table = name.removeprefix("diffusion_prior.noise_scheduler.")
+        if table != name:
+            exact[name] = NoiseScheduler(len(value)).get_buffer(table)
+        elif name.endswith("rotary_emb.freqs"):
+            exact[name] = RotaryEmbedding(2 * len(value)).freqs.data
+    return exact
+
+
 def _rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     """Turn each pair of neighbouring channels (2i, 2i + 1) of x (..., n, d) by its position's angle."""
     cos, sin = rotation
@@ -644,11 +660,6 @@ class MindEye2(nn.Module):
         if self.diffusion_prior is not None and clip_target is not None:
             out["loss_prior"], out["prior_prediction"] = self.diffusion_prior.loss(out["backbone"], clip_target)
         return out
-
-    def constants(self) -> dict[str, Tensor]:
-        """By name, what is neither learned nor meant for half precision: noise tables and rotary frequencies."""
-        return {name: value for name, value in self.state_dict().items()
-                if name.startswith("diffusion_prior.noise_scheduler.") or name.endswith("rotary_emb.freqs")}
 
     def freeze(self) -> None:
         """Let nothing learn but the ridge: what is new about a subject is then one linear map (2.1)."""

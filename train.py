@@ -780,13 +780,13 @@ def set_up(args: argparse.Namespace, accelerator: Accelerator, sizes: dict, pret
     ready_for_deepspeed(accelerator, model, args.batch_size)
     exchange_rows(accelerator, model)
     optimizer = make_optimizer(args, accelerator, model)
-    constants = model.constants()
     model, optimizer = accelerator.prepare(model, optimizer)
     adamw = optimizer.optimizer
     if accelerator.state.deepspeed_plugin:  # it may have put one of its own in place of ours
         adamw = adamw.optimizer
-        for name, value in accelerator.unwrap_model(model).state_dict(keep_vars=True).items():
-            value.data = constants.get(name, value.data)  # DeepSpeed halves constants, too
+        state = accelerator.unwrap_model(model).state_dict(keep_vars=True)
+        for name, value in networks.constants(state).items():  # it halves them, too
+            state[name].data = value.to(accelerator.device)
 
     trials, rank, world = [part.trials for part in sets.train], accelerator.process_index, accelerator.num_processes
     share = max(1, args.batch_size // len(trials))  # trials a subject: 42 = 7 x 6

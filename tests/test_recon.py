@@ -142,16 +142,20 @@ def test_files_shapes_and_order(world):
             assert (mean - read[ours][k]).abs().max() < 4e-3  # float16
 
 
-@pytest.mark.parametrize("chunk", [1, 5, 256])
-def test_embed_images_averages_every_output(world, chunk):
+def test_embed_images_averages_every_output(world):
     voxels = torch.randn(6, V)
     positions = [np.array([4]), np.array([0, 5, 2]), np.array([3, 1])]
     with torch.no_grad():
-        together = data.embed_images(world.model, voxels, positions, 0, chunk)
+        together = data.embed_images(world.model, voxels, positions, 0)
         alone = vars(world.model.embed(voxels))
     for name in ("backbone", "clip_voxels", "blurry_latents"):
         expected = torch.stack([alone[name][torch.from_numpy(rows)].mean(0) for rows in positions])
-        assert (together[name] - expected).abs().max() < 1e-5
+        assert torch.allclose(together[name], expected, atol=1e-6)
+    for chunk, parts in ((1, (positions[:1], positions[1:2], positions[2:])), (6, (positions[:2], positions[2:]))):
+        pieces = data.embed_images(world.model, voxels, positions, 0, chunk)
+        each = [data.embed_images(world.model, voxels, part, 0) for part in parts]
+        for name, values in pieces.items():
+            assert torch.equal(values, torch.cat([out[name] for out in each]))
 
 
 @pytest.mark.parametrize("extra", [[], ["--guidance", "3", "--scheduler", "dpm"]])
