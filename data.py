@@ -614,8 +614,7 @@ class TargetCache:
     beside it one bool per row: done or not. The maps are only read: writing into one whose disk is full kills the
     process (SIGBUS), writing into the file raises an error. encode(images (B, 3, H, W), rows (B,)) -> (B, *shape)
     may be None where the cache is only read. `fingerprint` must tell networks and image files apart: it is part of
-    the file name, so another network's leftover is never used. One process fills; another sees the rows as soon as
-    they are done.
+    the file name, so another network's leftover is never used. One process fills; others see rows once they are done.
     """
     def __init__(self, folder, name: str, encode: Callable | None, shape: tuple[int, ...], fingerprint: str):
         self.name, self.encode, self.shape = name, encode, tuple(shape)
@@ -726,7 +725,8 @@ class TargetCache:
             rows = self._place[rows]
         else:
             self._announce(rows)
-        targets = torch.empty(len(rows), *self.shape, dtype=torch.float16, pin_memory=torch.cuda.is_initialized())
+        targets = torch.empty(len(rows), *self.shape, dtype=torch.float16, device="cpu",  # whatever the default is
+                              pin_memory=torch.cuda.is_initialized())
         for target, row in zip(targets.numpy(), rows, strict=True):  # at once, all would be copied twice
             target[...] = self._targets[row]
         return targets  # (B, *shape)
