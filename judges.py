@@ -43,7 +43,7 @@ from transformers import AutoModel, AutoTokenizer
 from checkpoints import reading, torch_load
 from data import resized
 from files import is_disk_full
-from frozen import CLIP_MEAN, CLIP_STD, in_hub_cache, normalised
+from frozen import CLIP_MEAN, CLIP_STD, in_hub_cache, normalised, read_whole
 from model import UserError, run_main
 
 FLAG = "--cache_dir"
@@ -255,7 +255,7 @@ def load_sentence(cache_dir: str | Path, device: str | torch.device) -> SimpleNa
         folder = file.parent
     with reading(folder, FLAG):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        network = AutoModel.from_pretrained(folder, local_files_only=True)
+        network = read_whole(AutoModel, folder)
         settings = folder / "sentence_bert_config.json"
         limit = json.loads(settings.read_text())["max_seq_length"] if settings.exists() else 256
     network = network.eval().requires_grad_(False).to(device, torch.float32)

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch_fidelity import feature_extractor_inceptionv3
 from torchmetrics.image.fid import NoTrainInceptionV3
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
@@ -270,6 +270,13 @@ def test_padding_does_not_matter_to_sentences(sentence_cache):
     assert (cut[0] - cut[1]).abs().max() < 1e-5
     assert "stand-in for SentenceTransformer all-MiniLM-L6-v2" in judge.description
     assert sentence_cache / "sentence" / "model.safetensors" in judge.files
+
+
+def test_a_sentence_model_without_a_weight_is_refused(sentence_cache):
+    file, lost = sentence_cache / "sentence" / "model.safetensors", "encoder.layer.1.output.dense.weight"
+    save_file({name: x for name, x in load_file(file).items() if name != lost}, file, {"format": "pt"})
+    with pytest.raises(UserError, match=f"no {lost} in sentence.*--cache_dir"):
+        m.load_text("sentence", sentence_cache, "cpu")
 
 
 # ---- what is not there
