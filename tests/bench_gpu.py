@@ -16,7 +16,7 @@ Several processes (`--processes`): the same loop, the second row of ROWS, starte
 of configs/ as they are, on one GPU and on several, with targets that the system keeps in main memory: how much one disk
 gives to many is another question. "of linear": samples a second, by those of one GPU times the GPUs.
 
-    python tests/bench_gpu.py             an NVIDIA GPU of 80 GB; eight minutes
+    python tests/bench_gpu.py             an NVIDIA GPU of 80 GB; seven minutes
     python tests/bench_gpu.py --all       more rows of training, more batch sizes and flags of pictures
     python tests/bench_gpu.py --processes several of them; needs pip install deepspeed
     python tests/bench_gpu.py --tiny      training and targets at the smallest sizes, on a CPU: does the script work?
@@ -72,7 +72,7 @@ SEVERAL = [("multi_gpu", "--compile", 16, 30), ("deepspeed_zero2", "", 8, 16), (
 MEMORY = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}  # as README.md advises
 USABLE = 0.93  # of a card's memory: the driver and the libraries take some
 TRUE = SimpleNamespace(voxels=(15724, 14278, 15226, 13153, 13039, 17907, 12682, 14386), tokens=(256, 1664), pixels=224,
-                       latents=28, features=49, flags="", images=1200)
+                       latents=28, features=49, flags="", images=1216)  # of which targets_table times 17 batches
 TINY = SimpleNamespace(voxels=(20,) * 8, tokens=(4, 16), pixels=16, latents=8, features=4,
                        flags="--hidden_dim=16 --prior_depth=1 --prior_dim_head=8 --batch_size=14", images=40)
 # Of both passes of a sample: the prior's .76e12 (gpu_baseline.md), half of its last layer left out; the rest .02.
