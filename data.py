@@ -790,8 +790,7 @@ def cache_targets(
 
     networks  some of "clip" (tokens), "vae" (latents), "teacher" (features of the image and of `views` changed copies)
     folder    where the caches lie, {cache_dir}/targets unless given
-    The original draws a new changed copy at every step, which keeps the teacher (350 M parameters) in the loop. We
-    cache `views` copies and let the loop choose one: the loop then holds no frozen network at all.
+    The original draws a new changed copy at each step, by the teacher in the loop; our loop chooses one of `views`.
     With several processes, rank 0 calls this first while the others wait; they then find nothing missing.
     """
     encoders = {
@@ -812,6 +811,7 @@ def cache_targets(
     check_disk(folder, sum(len(cache.missing(indices)) * cache.row_bytes for cache in caches.values()))
     for cache in caches.values():
         cache.fill(images, indices, batch_size, device)
+        cache.encode = None  # else the network would stay in memory as long as its cache
     return caches
 
 

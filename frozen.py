@@ -76,7 +76,7 @@ def record(work: Callable, warm_up: int = 3) -> Callable:
             args, kwargs = tree_map_only(Tensor, Tensor.clone, (args, kwargs))
             kept.given = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
             kept.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(kept.graph):
+            with torch.cuda.graph(kept.graph, capture_error_mode="thread_local"):  # others may pin memory
                 kept.result = work(*args, **kwargs)
         for old, new in zip(kept.given, given, strict=True):
             old.copy_(new)

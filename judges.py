@@ -308,6 +308,7 @@ def load_fid(cache_dir: str | Path, device: str | torch.device) -> SimpleNamespa
     with reading(file, FLAG):
         torch.load(file, weights_only=True)  # torch-fidelity would run code that a file holds: such a one ends here
         network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(file))
+    network.num_features = 2048  # torchmetrics would find it out by a picture on the CPU
     return SimpleNamespace(network=network.to(device), description="FID's Inception", files=[file])
 
 

@@ -343,13 +343,15 @@ def test(model: MindEye2, part: SimpleNamespace, targets: SimpleNamespace, devic
               "reciprocal_rank": (1 / rank).mean().item()}
     if model.diffusion_prior is not None:  # the same noise and times at each test, nothing dropped: comparable numbers
         generator = torch.Generator().manual_seed(0)
-        keep = torch.ones(len(ids), dtype=torch.bool, device=device)
-        with autocast:
-            loss, _ = model.diffusion_prior.loss(
-                mean["backbone"].to(device), clip_target.to(device), keep=(keep, keep),
-                timesteps=torch.linspace(0, 99, len(ids)).long().to(device),
-                noise=torch.randn(clip_target.shape, generator=generator).to(device))
-        scores["loss_prior"] = loss.item()
+        given = (mean["backbone"], clip_target, torch.linspace(0, 99, len(ids)).long(),
+                 torch.randn(clip_target.shape, generator=generator), torch.ones(len(ids), dtype=torch.bool))
+        total = 0.
+        for some in zip(*(x.split(32) for x in given), strict=True):  # 300 at once take some 16 GB at the paper's size
+            backbone, target, times, noise, keep = (x.to(device) for x in some)
+            with autocast:
+                loss, _ = model.diffusion_prior.loss(backbone, target, times, noise, (keep, keep))
+            total += loss.item() * len(target)
+        scores["loss_prior"] = total / len(ids)
     if "blurry_latents" in mean:
         scores["loss_latents"] = F.l1_loss(mean["blurry_latents"], targets.vae[ids].float()).item()
     model.train()

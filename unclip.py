@@ -304,13 +304,13 @@ def load_base(args: argparse.Namespace, token_dim: int) -> SimpleNamespace:
     return SimpleNamespace(unet=unet.requires_grad_(True), vae=vae, scheduler=scheduler)
 
 
-def trained(unet: nn.Module, which: str) -> list[nn.Parameter]:
-    """The weights that learn; the others are frozen, and kept in bfloat16 on a GPU."""
+def trained(unet: nn.Module, which: str, half: bool) -> list[nn.Parameter]:
+    """The weights that learn; the others are frozen, and with `half` kept in bfloat16, as autocast would see them."""
     def learns(name: str) -> bool:
         return which == "all" or "attn2" in name or name.startswith("class_embedding")
     for name, parameter in unet.named_parameters():
         parameter.requires_grad_(learns(name))
-        if not learns(name) and torch.cuda.is_available():
+        if half and not learns(name):
             parameter.data = parameter.data.bfloat16()
     return [parameter for parameter in unet.parameters() if parameter.requires_grad]
 
@@ -754,7 +754,7 @@ def set_up(args: argparse.Namespace, accelerator: Accelerator, base: SimpleNames
     unet = nn.Module.to(base.unet, device, getattr(torch, args.weights)).train()
     if device.type == "cuda":
         nn.Module.to(unet, memory_format=torch.channels_last)  # convolutions in half precision are faster so
-    parameters = trained(unet, args.train)
+    parameters = trained(unet, args.train, accelerator.mixed_precision != "no")
     if args.gradient_checkpointing:  # without noting the state of random numbers: nothing in the UNet draws any
         unet.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, preserve_rng_state=False))
     if args.compile:

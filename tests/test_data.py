@@ -3,8 +3,10 @@
     python -m pytest tests/test_data.py
 """
 
+import gc
 import shutil
 import sys
+import weakref
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -366,6 +368,14 @@ def test_another_network_or_image_file_makes_another_cache(world):
     pictures = np.random.default_rng(0).random((N_IMAGES, 3, 16, 16))
     data.write_images(data.h5_path(world, "images"), pictures)
     assert build(world, Tiny(0)).path != first.path
+
+
+def test_a_cache_does_not_keep_its_network(world):
+    network = Tiny()
+    kept, cache = weakref.ref(network), build(world, network)
+    del network
+    gc.collect()
+    assert kept() is None and cache[[1, 2]].shape == (2, 4, 5)
 
 
 def test_second_process_sees_the_rows(world):

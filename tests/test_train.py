@@ -450,3 +450,18 @@ def test_without_cached_views_each_step_has_a_new_one(smoke_world, tmp_path, mon
     assert len(seen) >= 3 and all(plain.shape == changed.shape for plain, changed in seen)
     ratios = [((changed - plain).norm() / plain.norm()).item() for plain, changed in seen]
     assert all(0.01 < ratio < 2 for ratio in ratios) and len(set(ratios)) == len(ratios)
+
+
+def test_the_prior_is_tested_by_few_images_at_a_time(monkeypatch):
+    tokens, clip, sizes = torch.randn(70, 2, 3), torch.randn(70, 2, 3), []
+
+    def loss(backbone, target, *_):
+        sizes.append(len(target))
+        return torch.nn.functional.mse_loss(backbone, target), None
+    model = torch.nn.Linear(1, 1)
+    model.diffusion_prior = SimpleNamespace(loss=loss)
+    monkeypatch.setattr(data, "repeats", lambda _: (np.arange(70), [np.array([i]) for i in range(70)]))
+    monkeypatch.setattr(data, "embed_images", lambda *_: {"backbone": tokens, "clip_voxels": tokens})
+    part, targets = SimpleNamespace(trials=None, voxels=None), SimpleNamespace(clip=clip)
+    found = train.test(model, part, targets, torch.device("cpu"))["loss_prior"]
+    assert sizes == [32, 32, 6] and found == pytest.approx((tokens - clip).square().mean().item(), rel=1e-5)
