@@ -349,7 +349,7 @@ def test(model: MindEye2, part: SimpleNamespace, targets: SimpleNamespace, devic
         for some in zip(*(x.split(32) for x in given), strict=True):  # 300 at once take some 16 GB at the paper's size
             backbone, target, times, noise, keep = (x.to(device) for x in some)
             with autocast:
-                loss, _ = model.diffusion_prior.loss(backbone, target, times, noise, (keep, keep))
+                loss, _ = model.diffusion_prior.loss(backbone, target, timesteps=times, noise=noise, keep=(keep, keep))
             total += loss.item() * len(target)
         scores["loss_prior"] = total / len(ids)
     if "blurry_latents" in mean:

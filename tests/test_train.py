@@ -455,7 +455,7 @@ def test_without_cached_views_each_step_has_a_new_one(smoke_world, tmp_path, mon
 def test_the_prior_is_tested_by_few_images_at_a_time(monkeypatch):
     tokens, clip, sizes = torch.randn(70, 2, 3), torch.randn(70, 2, 3), []
 
-    def loss(backbone, target, *_):
+    def loss(backbone, target, **_):
         sizes.append(len(target))
         return torch.nn.functional.mse_loss(backbone, target), None
     model = torch.nn.Linear(1, 1)
