@@ -44,7 +44,7 @@ def noting_sigterm(run: SimpleNamespace) -> Iterator[None]:
     """SIGTERM, which slurm sends before it takes a machine away, sets run.stop instead of ending the process.
 
     Also while an error ends it: where a process died, the launcher sends SIGTERM to the others at about the time at
-    which they find the connection broken, and would silence what they say of it. run.cpus: see `asked_to_stop`.
+    which they find the connection broken, and would silence what they say of it. run.cpus: see `meet`.
     """
     run.stop, run.cpus = False, None
     if torch.distributed.is_initialized():
@@ -59,11 +59,20 @@ def noting_sigterm(run: SimpleNamespace) -> Iterator[None]:
     signal.signal(signal.SIGTERM, before)
 
 
+def meet(run: SimpleNamespace) -> None:
+    """Wait for all processes, from CPU to CPU; an error, for `naming_lost`, if one has died.
+
+    Before all that reads a number which GPUs made together: a GPU that waits for a dead process waits for hours, and
+    its CPU with it, where gloo finds the connection broken.
+    """
+    if run.cpus is not None:
+        torch.distributed.barrier(run.cpus)
+
+
 def asked_to_stop(accelerator: Accelerator, run: SimpleNamespace) -> bool:
     """Whether any process got SIGTERM.
 
-    They ask each other after each step, and from CPU to CPU (gloo): by NCCL, CPUs would wait for their GPUs, and a GPU
-    that waits for a dead process waits for hours, where gloo finds the connection broken (`naming_lost`).
+    They ask each other after each step, and from CPU to CPU: by NCCL, CPUs would wait for their GPUs (see `meet`).
     """
     if accelerator.num_processes == 1:
         return run.stop

@@ -214,7 +214,8 @@ def batch_noise(images: np.ndarray, seed: int, shapes: list[tuple[int, ...]], st
     The numbers depend on seed and image only, not on the batch, the processes or the pictures before. (The original
     seeds once, so its picture i changes with all that was drawn earlier.) Each image's are drawn by a thread.
     """
-    batch = [torch.empty(len(images), *shape, pin_memory=torch.cuda.is_initialized()) for shape in shapes]
+    pin = torch.cuda.is_initialized()
+    batch = [torch.empty(len(images), *shape, device="cpu", pin_memory=pin) for shape in shapes]
 
     def draw(i: int) -> None:
         mixed = np.random.SeedSequence([seed, int(images[i]), stream]).generate_state(1)
@@ -424,6 +425,13 @@ def read_part(path: Path) -> dict[str, Tensor | list[str]]:
         return torch.load(path, weights_only=True, mmap=True)
 
 
+def free_memory() -> None:
+    """Give the GPU back what nobody holds: the next network needs the place. (A recorded network holds itself.)"""
+    if torch.cuda.is_available():
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
 def run_pass(name: str, folder: Path, batches: list[slice], state: PartialState, load: Callable, work: Callable,
              first: str = "brain", prepare: Callable = lambda rows: ()):
     """work(network, rows, found, *prepare(rows)) -> {output: values}, for all batches; the processes take turns.
@@ -443,9 +451,7 @@ def run_pass(name: str, folder: Path, batches: list[slice], state: PartialState,
             save(folder / f"{name}_{i:05d}.pt", {k: v.cpu() if isinstance(v, Tensor) else v for k, v in out.items()})
             bar.update(batches[i].stop - batches[i].start)
     del network
-    if torch.cuda.is_available():  # the next network needs the place
-        gc.collect()
-        torch.cuda.empty_cache()
+    free_memory()
     state.wait_for_everyone()
 
 
@@ -542,7 +548,8 @@ def reconstruct(args: argparse.Namespace, state: PartialState) -> dict[str, Tens
     run_pass("brain", folder, batches, state, lambda: ready(model, args, device),
              lambda net, rows, _, *noise: read_brains(net, ridge, brains, rows, args, *noise),
              prepare=lambda rows: prior_noise(tokens, brains, rows, args))
-    model, names = None, ["brain", "recons"]  # its memory is free for the next network
+    model, names = None, ["brain", "recons"]
+    free_memory()
     if args.captions:
         run_pass("captions", folder, batches, state, lambda: frozen.load_captioner(args.cache_dir, device),
                  lambda git, rows, brain: {"predcaptions": git.caption(brain["prior_out"].to(device))})

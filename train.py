@@ -595,6 +595,7 @@ def step_losses(args: argparse.Namespace, accelerator: Accelerator, model, batch
 
 def report(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNamespace) -> None:
     """Test, log, and write checkpoints: last.pth always, best.pth when validation is the best so far."""
+    processes.meet(run)
     gather_losses(args, accelerator, run)
     logs = {"train/loss": float(np.mean(run.losses[-run.steps:])),
             "train/lr": float(run.scheduler.get_last_lr()[0])}
@@ -617,7 +618,7 @@ def report(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNamesp
         run.bar.set_postfix(loss=f"{logs['train/loss']:.2f}", retrieval=f"{run.last['image_retrieval']:.2f}")
     save(args, accelerator, run)
     accelerator.log(logs, step=run.step)
-    accelerator.wait_for_everyone()
+    processes.meet(run)
 
 
 LEAST_SCALE = 1e-4  # of fp16's losses, from 65536 halved 30 times: an overflow ends sooner, a gradient of NaN never

@@ -517,7 +517,7 @@ def save_state(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNa
     with files.replacing_folder(done) if main else nullcontext(done.with_name(f"{done.name}.building")) as building:
         if main:
             data.check_disk(building, state_bytes(run), "The state to go on from needs", "--train_logs")
-        accelerator.wait_for_everyone()
+        processes.meet(run)
         accelerator.save_state(str(building))
         if main and run.average is not None:
             files.save(building / "average.pt", run.average)
@@ -525,11 +525,11 @@ def save_state(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNa
             progress = {"step": run.step, "flags": all_flags(args, accelerator), "history": run.history,
                         "losses": [loss.item() for loss in run.losses]}
             (building / "progress.json").write_text(json.dumps(progress))
-        accelerator.wait_for_everyone()  # all have written
+        processes.meet(run)  # all have written
     for old in folder.glob("step_*") if main else ():
         if old != done:
             shutil.rmtree(old)
-    accelerator.wait_for_everyone()
+    processes.meet(run)
 
 
 def load_state(state: Path, accelerator: Accelerator, run: SimpleNamespace) -> None:
@@ -618,6 +618,7 @@ def mean_loss(args: argparse.Namespace, run: SimpleNamespace) -> float:
 
 def report(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNamespace) -> None:
     """Validate, log, draw, and write decoder and state."""
+    processes.meet(run)
     logs = {"train/loss": mean_loss(args, run), "train/lr": run.lr}
     if accelerator.is_main_process:
         bare = accelerator.unwrap_model(run.unet)

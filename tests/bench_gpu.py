@@ -3,8 +3,9 @@
 Random weights and data of the true sizes, in the official files.
 
 Training: what is timed is train.py's own loop, with its loader, log and progress bar: two looks at the clock are put in
-its way, and the test after an epoch, which is short here, is left out. Only the frozen networks are stand-ins, whose
-targets are noise of the right shape: the loop reads those from the disk and never calls a network. "loader": what
+its way, and what it does after an epoch, which is short here, is done once, after the timed steps ("test": of 300
+images, what --compile takes for it included). Only the frozen networks are stand-ins, whose targets are noise of the
+right shape: the loop reads those from the disk and never calls a network. "loader": what
 reading a batch and bringing it to the GPU takes by itself, from a disk whose files are not in memory. "original": the
 published code's ms / step on the same kind of card, all of it, and what its GPU worked of that. "floor": operations /
 the card's matmul rate + bytes of weights and AdamW / its copy rate, one after another.
@@ -71,10 +72,11 @@ DEFAULT = 3  # the first rows; the others with --all
 SEVERAL = [("multi_gpu", "--compile", 16, 30), ("deepspeed_zero2", "", 8, 16), ("deepspeed_zero2_offload", "", 2, 4)]
 MEMORY = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}  # as README.md advises
 USABLE = 0.93  # of a card's memory: the driver and the libraries take some
+# Images: two batches of 64 to warm up and 17 that targets_table times.
 TRUE = SimpleNamespace(voxels=(15724, 14278, 15226, 13153, 13039, 17907, 12682, 14386), tokens=(256, 1664), pixels=224,
-                       latents=28, features=49, flags="", images=1216)  # of which targets_table times 17 batches
+                       latents=28, features=49, flags="", images=1216, tests=300)
 TINY = SimpleNamespace(voxels=(20,) * 8, tokens=(4, 16), pixels=16, latents=8, features=4,
-                       flags="--hidden_dim=16 --prior_depth=1 --prior_dim_head=8 --batch_size=14", images=40)
+                       flags="--hidden_dim=16 --prior_depth=1 --prior_dim_head=8 --batch_size=14", images=40, tests=10)
 # Of both passes of a sample: the prior's .76e12 (gpu_baseline.md), half of its last layer left out; the rest .02.
 OPERATIONS = 0.72e12
 BYTES = 32  # a weight: AdamW reads and writes 24, forward and backward pass read 8; a gradient need not be written
@@ -98,13 +100,15 @@ class Frozen(nn.Module):
 
 
 def write_world(folder: Path, size: SimpleNamespace, trials: int) -> None:
-    """Images, and for each of eight people a session of training and one of testing; voxels repeat after 350 trials.
+    """Images, and for each of eight people a session of training, and as many test trials as a test looks at.
+
+    Voxels repeat after 350 trials.
     """
     rng = np.random.default_rng(0)
     data.write_images(data.h5_path(folder, "images"),
                       rng.random((size.images, 3, size.pixels, size.pixels), np.float32))
     for subject, voxels in enumerate(size.voxels, 1):
-        table = np.full((trials + 10, 17), -1.0)
+        table = np.full((trials + size.tests, 17), -1.0)
         table[:, data.IMAGE] = np.resize(rng.permutation(size.images), len(table))
         table[:, data.BETA], table[:, data.SESSION] = np.arange(len(table)), 1
         windows = data.behaviour_windows(table)
@@ -140,14 +144,26 @@ def limit_memory(card: int) -> None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, USABLE * card / total))
 
 
+def peaks() -> tuple[float, float]:
+    """GiB of GPU memory that were in use, and reserved, at most since the last call."""
+    if not torch.cuda.is_available():
+        return 0.0, 0.0
+    torch.cuda.synchronize()
+    found = torch.cuda.max_memory_allocated() / 2**30, torch.cuda.max_memory_reserved() / 2**30
+    torch.cuda.reset_peak_memory_stats()
+    return found
+
+
 def measure(folder: Path, size: SimpleNamespace, flags: str, warm: int, steps: int, disk: bool) -> SimpleNamespace:
     """.ms a step, .parts of it {name: ms}, GiB at the .peak and .reserved, .weights that learn, .batch.
 
-    And .loader: ms that loading takes by itself, from the `disk` or what the system keeps of it in memory.
+    And .loader: ms that loading takes by itself, from the `disk` or what the system keeps of it in memory. .test: s
+    that the test after an epoch takes, .test_peak.
     """
     gc.collect()
     cuda = torch.cuda.is_available()
-    marks, clock, found, epoch = [], [], SimpleNamespace(), train.train_epoch
+    marks, clock, found, runs = [], [], SimpleNamespace(), []
+    epoch, report = train.train_epoch, train.report
 
     def mark(name: str) -> None:
         if cuda and len(clock) == 1:
@@ -169,6 +185,7 @@ def measure(folder: Path, size: SimpleNamespace, flags: str, warm: int, steps: i
             if disk:
                 forget_files(folder)
             found.loader = load_only(args, run, accelerator.device)
+            runs.append(run)
         return epoch(args, accelerator, run, *rest)
 
     def losses(args, accelerator, model, batch, *rest):
@@ -179,10 +196,13 @@ def measure(folder: Path, size: SimpleNamespace, flags: str, warm: int, steps: i
         if found.calls in (warm + 1, warm + 1 + steps):
             if cuda:
                 torch.cuda.synchronize()
-            if cuda and not clock:
-                torch.cuda.reset_peak_memory_stats()
+            if not clock:
+                peaks()
             clock.append(time.perf_counter())
         if len(clock) == 2:
+            found.peak, found.reserved = peaks()
+            report(args, accelerator, runs[0])
+            found.test, (found.test_peak, _) = time.perf_counter() - clock[1], peaks()
             raise Done
         return step(args, accelerator, model, batch, *rest)
 
@@ -191,7 +211,7 @@ def measure(folder: Path, size: SimpleNamespace, flags: str, warm: int, steps: i
     with ExitStack() as stack:
         for target, name, value in (
             (train, "step_losses", losses),
-            (train, "report", lambda *_: None),  # after an epoch, which is short here, between steps that are timed
+            (train, "report", lambda *_: None),  # between steps that are timed; `losses` does it
             (train, "train_epoch", first_epoch),
             (Accelerator, "backward", around(Accelerator.backward, None, "backward")),
             (AcceleratedOptimizer, "step", around(AcceleratedOptimizer.step, None, "AdamW")),
@@ -207,11 +227,8 @@ def measure(folder: Path, size: SimpleNamespace, flags: str, warm: int, steps: i
         except Done:
             pass
     found.ms = 1000 * (clock[1] - clock[0]) / steps
-    found.parts, found.peak, found.reserved = {}, 0.0, 0.0
+    found.parts = {}
     if cuda:
-        torch.cuda.synchronize()
-        found.peak = torch.cuda.max_memory_allocated() / 2**30
-        found.reserved = torch.cuda.max_memory_reserved() / 2**30
         for (_, one), (name, two) in zip(marks, marks[1:], strict=False):
             found.parts[name] = found.parts.get(name, 0) + one.elapsed_time(two) / steps
     return found
@@ -233,7 +250,8 @@ def limits() -> tuple[float, float]:
 
 
 HEAD = ("| training | batch | card | ms / step | forward, backward, AdamW, loading | loader | peak GiB (reserved) | "
-        "floor, ms | original, ms (GPU) | times as fast (GPU) |\n|---|--:|--:|--:|---|--:|--:|--:|--:|--:|")
+        "test, s (peak) | floor, ms | original, ms (GPU) | times as fast (GPU) |\n"
+        "|---|--:|--:|--:|---|--:|--:|--:|--:|--:|--:|")
 
 
 def parts_of(found: dict[str, float]) -> str:
@@ -251,10 +269,11 @@ def training_row(number: int, folder: Path, tiny: bool, flags: str) -> SimpleNam
     except torch.cuda.OutOfMemoryError as error:
         return print(f"| {title} | | {card} GB | {str(error).splitlines()[0]} |", flush=True)
     floor = 1000 * (found.batch * OPERATIONS / matmul + found.weights * BYTES / copy)
+    peak, test = f"{found.peak:.1f} ({found.reserved:.1f})", f"{found.test:.1f} ({found.test_peak:.1f})"
     original = f"{wall}{f' ({busy})' if busy else ''}" if wall else ""
     times = f"{wall / found.ms:.1f}{f' ({busy / found.ms:.1f})' if busy else ''}" if wall else ""
     print(f"| {title} | {found.batch} | {card} GB | {found.ms:.1f} | {parts_of(found.parts)} | {found.loader:.0f} | "
-          f"{found.peak:.1f} ({found.reserved:.1f}) | {floor:.0f} | {original} | {times} |", flush=True)
+          f"{peak} | {test} | {floor:.0f} | {original} | {times} |", flush=True)
     return found
 
 

@@ -24,6 +24,7 @@ import data
 import model as networks
 import processes
 import train
+import unclip
 from model import UserError
 
 SIX_STEPS = ["--num_sessions=2", "--teacher_views=1", "--num_epochs=2", "--mixup_pct=.5", *SMALL]  # half with BiMixCo
@@ -238,6 +239,17 @@ def test_when_one_process_is_killed_the_others_end(smoke_world, tmp_path, monkey
         with pytest.raises(ProcessLookupError):
             os.kill(int((tmp_path / f"pid{rank}").read_text()), 0)
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("stage", [train, unclip])
+def test_processes_meet_before_their_gpus_wait_for_a_lost_one(stage, monkeypatch):
+    """Else a CPU waits for its GPU, whose exchange with the lost one never ends, and cannot say a word."""
+    def broken(group):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:561] Connection closed")
+    monkeypatch.setattr(torch.distributed, "barrier", broken)
+    two, only_cpus = SimpleNamespace(num_processes=2), SimpleNamespace(cpus="gloo")  # no loss can be looked at
+    with pytest.raises(UserError, match="another process"), processes.naming_lost(two, "--resume."):
+        stage.report(SimpleNamespace(), two, only_cpus)
 
 
 def test_sigterm_does_not_silence_an_error():
