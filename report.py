@@ -652,8 +652,10 @@ def training_commands(checkpoint: dict) -> list[str]:
     while checkpoint.get("flags"):
         flags = checkpoint["flags"]
         command = command_line("train.py", {name: flags[name] for name in flags if name in defaults}, defaults)
-        if (count := flags.get("num_processes", 1)) != 1:  # the launcher's flag, not train.py's
-            command = command.replace("python", f"accelerate launch --num_processes={count}", 1)
+        launch = {"num_processes": flags.get("num_processes", 1), "mixed_precision": flags.get("mixed_precision", "no")}
+        if launch != {"num_processes": 1, "mixed_precision": "no"}:  # the launcher's flags, not train.py's
+            words = [f"--{name}={value}" for name, value in launch.items()]
+            command = command.replace("python", f"accelerate launch {' '.join(words)}", 1)
         commands.insert(0, command)
         start = Path(str(flags.get("multisubject_ckpt") or ""))
         if start == Path() or len(commands) == 5:  # trained from scratch; or files that name each other

@@ -6,10 +6,11 @@ Out  train_logs/{model_name}/last.pth          weights, optimizer, losses: the o
                             /best.pth          weights of the best validation, with --val_sessions
                             /curves.png, samples.png, and a TensorBoard log
 
-    accelerate launch train.py                                        # toy world, subject 1, one session: a minute
-    accelerate launch train.py --model_name=pretrained --multi_subject --subj=1 --num_sessions=40 --batch_size=42
-    accelerate launch train.py --model_name=finetuned --subj=1 --num_sessions=1 --batch_size=24 \\
+    python train.py                                                   # toy world, subject 1, one session: a minute
+    python train.py --model_name=pretrained --multi_subject --subj=1 --num_sessions=40 --batch_size=42
+    python train.py --model_name=finetuned --subj=1 --num_sessions=1 --batch_size=24 \\
         --multisubject_ckpt=train_logs/pretrained
+    accelerate launch --config_file=configs/multi_gpu.yaml train.py ...          # `accelerate launch` alone: float32
 
 One step, top to bottom (paper §2.1-2.2): trials are drawn, voxels mixed (MixCo), every subject's voxels pass its own
 ridge, the backbone turns them into tokens, and three heads learn from frozen targets:
@@ -416,6 +417,9 @@ def check_args(args: argparse.Namespace) -> None:
     if args.optimizer_bits == 8 and os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16":
         raise UserError("--optimizer_bits=8 does not know fp16's loss scaler: leave it out, or launch with "
                         "--mixed_precision=bf16.")
+    if args.optimizer_bits == 8 and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        raise UserError("--optimizer_bits=8 cuts weights into pieces, which DeepSpeed does not know: leave it out, or "
+                        "launch with configs/one_gpu.yaml or multi_gpu.yaml.")
     if args.finetune != "all" and not args.multisubject_ckpt:
         raise UserError(f"--finetune={args.finetune} keeps the weights of a pretrained model: name it with "
                         "--multisubject_ckpt.")
@@ -425,7 +429,10 @@ def check_args(args: argparse.Namespace) -> None:
 
 
 def start_accelerator(args: argparse.Namespace, gradient_accumulation: int = 1) -> Accelerator:
-    """Devices and processes as `accelerate launch` says, bfloat16 on a GPU if it says nothing, and the log's places."""
+    """Devices, processes and precision as `accelerate launch` says (float32, unless a file or flag says another).
+
+    Without it: bfloat16 on a GPU. And the log's places.
+    """
     trackers = [TensorBoardTracker(args.model_name, args.train_logs)]
     if args.wandb_log:
         trackers.append(WandBTracker(args.wandb_project, name=args.model_name, config=vars(args)))

@@ -173,8 +173,6 @@ def check_args(args: argparse.Namespace) -> None:
         if not 0 <= getattr(args, name) <= high:
             raise UserError(f"--{name} must be at least 0 and {'below' if name == 'ema' else 'at most'} 1, not "
                             f"{getattr(args, name)}.")  # fmt: skip
-    if args.graph and not torch.cuda.is_available():
-        raise UserError("--graph needs an NVIDIA GPU: leave it out.")
     if args.weights == "bfloat16" and args.optimizer != "adamw8bit":
         raise UserError("--weights=bfloat16 loses small steps to rounding: add --optimizer=adamw8bit, which does not.")
     args.images = args.images or str(data.h5_path(args.data_path, "images"))
@@ -532,10 +530,12 @@ def save_state(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNa
     processes.meet(run)
 
 
-def load_state(state: Path, accelerator: Accelerator, run: SimpleNamespace) -> None:
+def load_state(args: argparse.Namespace, state: Path, accelerator: Accelerator, run: SimpleNamespace) -> None:
     """Put a state in place: weights, optimizer, average, step, history and losses. Raises UserError."""
     with reading(state, "--model_name"):
         accelerator.load_state(str(state))
+        for group in run.optimizer.param_groups if args.optimizer == "adamw" else ():
+            group["capturable"] = args.graph  # which the earlier run may have had otherwise
         progress = json.loads((state / "progress.json").read_text())
         if run.average is not None:
             for old, new in zip(run.average, torch_load(state / "average.pt", "--model_name"), strict=True):
@@ -808,7 +808,7 @@ def learn(args: argparse.Namespace, accelerator: Accelerator, base: SimpleNamesp
     run.vae, run.scheduler, run.sources, run.val = base.vae, base.scheduler, sources, pictures.val
     run.step, run.losses, run.history = 0, [], {}
     if state:
-        load_state(state, accelerator, run)
+        load_state(args, state, accelerator, run)
     if args.token_noise:
         run.mean = mean_tokens(sources, pictures.train, device)
     run.bar = tqdm(total=args.num_steps, initial=run.step, desc=args.model_name,
@@ -843,6 +843,8 @@ def main(argv: list[str] | None = None) -> dict:
 
 def make_decoder(args: argparse.Namespace, accelerator: Accelerator) -> dict:
     """The whole run; see `main`."""
+    if args.graph and accelerator.device.type != "cuda":
+        raise UserError("--graph needs an NVIDIA GPU: leave it out.")
     if args.graph and accelerator.num_processes > 1:
         raise UserError(f"--graph works in one process, not in {accelerator.num_processes}: leave it out.")
     if not Path(args.base).exists():

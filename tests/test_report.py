@@ -269,13 +269,14 @@ def write_checkpoint(folder: Path, **flags) -> None:
 def test_training(stage):
     """From last.pth alone; then, from the log, every split's line and last value; both models' exact commands."""
     write_checkpoint(stage.logs / "before", blurry_recon=False, num_sessions=40)
-    write_checkpoint(stage.logs / "micro", multisubject_ckpt=str(stage.logs / "before"), num_epochs=7, num_processes=2)
+    write_checkpoint(stage.logs / "micro", multisubject_ckpt=str(stage.logs / "before"), num_epochs=7, num_processes=2,
+                     mixed_precision="bf16")
     page = stage.run()
     assert "train 1.25" in page.text and "test 0.5" in page.text
     commands = page.text[page.text.index("How to make this again"):]
     first = "python train.py --model_name=before --num_sessions=40 --no-blurry_recon"
     words = commands.replace("\\\n", " ").split()
-    assert words.count("launch") == words.count("--num_processes=2") == 1 and "--mixed_precision=no" not in words
+    assert words.count("launch") == words.count("--num_processes=2") == words.count("--mixed_precision=bf16") == 1
     assert set(first.split()) <= set(words) and "--no-use_image_aug" not in words and "--blurry_recon" not in words
     assert words.index("--model_name=before") < words.index("--model_name=micro") and "--num_epochs=7" in words
     assert f"--multisubject_ckpt={stage.logs / 'before'}" in words and "--num_epochs=150" not in words

@@ -130,6 +130,10 @@ def test_gradients_that_no_scale_makes_finite_stop_it(smoke_world, tmp_path, mon
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     with pytest.raises(UserError, match="--optimizer_bits=8 does not know"):
         run(smoke_world, tmp_path, "--optimizer_bits=8")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(UserError, match="--optimizer_bits=8 cuts weights"):
+        run(smoke_world, tmp_path, "--optimizer_bits=8")
 
 
 def test_without_the_flag_it_starts_over_and_a_finished_run_is_left_alone(smoke_world, tmp_path, monkeypatch):

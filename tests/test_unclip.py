@@ -449,6 +449,7 @@ def test_shared_images_are_held_out(tmp_path):
     (["--resolution=20"], "--resolution must be a multiple of 16"),
     (["--weights=bfloat16"], "add --optimizer=adamw8bit"),
     (["--ema=1"], "--ema must be"),
+    (["--graph"], "--graph needs an NVIDIA GPU"),
     (["--batch_size=0"], "--batch_size must be at least 1"),
     (["--max_lr=1e30", "--warmup=0", "--ema=0"], "lower --max_lr"),
 ])
@@ -456,6 +457,18 @@ def test_mistakes(world, tmp_path, flags, words):
     with pytest.raises(m.UserError, match=words.replace("{", r"\{")):
         run(world, tmp_path, "--num_steps=3", "--ckpt_interval=3", *flags)
     assert not (tmp_path / "decoder/unclip").exists()
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_graph_is_as_this_run_has_it_not_as_the_one_before(tmp_path, graph):
+    """AdamW keeps it among what it saves, and torch does not record a step without it."""
+    weight = torch.nn.Parameter(torch.ones(2))
+    before, now = (torch.optim.AdamW([weight], capturable=value) for value in (not graph, graph))
+    args, run_so_far = SimpleNamespace(optimizer="adamw", graph=graph), SimpleNamespace(optimizer=now, average=None)
+    (tmp_path / "progress.json").write_text('{"step": 3, "history": {}, "losses": []}')
+    accelerator = SimpleNamespace(load_state=lambda folder: now.load_state_dict(before.state_dict()), device="cpu")
+    unclip.load_state(args, tmp_path, accelerator, run_so_far)
+    assert run_so_far.step == 3 and now.param_groups[0]["capturable"] is graph
 
 
 def test_a_decoder_in_training_is_not_replaced_by_its_base(world, tmp_path):
