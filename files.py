@@ -8,6 +8,7 @@ import errno
 import glob
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,10 +54,11 @@ def replacing(path) -> Iterator[Path]:
     """Give a temporary name to write to; it takes the place of `path` only when all is written."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
+    here = socket.gethostname()  # another machine that shares the disk may be writing the same file
+    for left in path.parent.glob(f"{glob.escape(f'{path.name}.{here}')}.*.tmp"):
         if not is_running(left.suffixes[-2][1:]):  # of a run that was killed
             left.unlink(missing_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{here}.{os.getpid()}.tmp")
     with naming_full_disk(path):
         try:
             yield temporary

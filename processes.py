@@ -62,8 +62,8 @@ def noting_sigterm(run: SimpleNamespace) -> Iterator[None]:
 def meet(run: SimpleNamespace) -> None:
     """Wait for all processes, from CPU to CPU; an error, for `naming_lost`, if one has died.
 
-    Before all that reads a number which GPUs made together: a GPU that waits for a dead process waits for hours, and
-    its CPU with it, where gloo finds the connection broken.
+    Before all that reads a number which GPUs made together: a GPU that waits for a dead process waits until it is
+    killed, and its CPU with it. Between CPUs, gloo finds the broken connection at once.
     """
     if run.cpus is not None:
         torch.distributed.barrier(run.cpus)
@@ -81,11 +81,11 @@ def asked_to_stop(accelerator: Accelerator, run: SimpleNamespace) -> bool:
     return stop.item() > 0
 
 
-def end_of_sigterm(accelerator: Accelerator) -> SystemExit:
+def end_of_sigterm(accelerator: Accelerator, run: SimpleNamespace) -> SystemExit:
     """What to raise after saving: the exit code by which slurm knows that the signal ended the process.
 
     All end together: where one has ended, the launcher gives the others, which may be writing still, 30 seconds.
     """
-    accelerator.wait_for_everyone()
+    meet(run)
     accelerator.end_training()
     return SystemExit(128 + signal.SIGTERM)

@@ -370,7 +370,8 @@ def load_decoder(args: argparse.Namespace, device: torch.device) -> SimpleNamesp
     unclip = frozen.load_unclip(args.unclip, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     unclip.vae.enable_slicing()  # one picture at a time: at 768 pixels each needs gigabytes
     frozen.speed_up(unclip.unet, unclip.vae, compiled=args.compile)
-    unclip.clip = frozen.load_clip(args.cache_dir, device) if args.n_samples > 1 else None
+    half = torch.float16 if device.type == "cuda" else torch.float32
+    unclip.clip = frozen.load_clip(args.cache_dir, device, half) if args.n_samples > 1 else None
     return unclip
 
 

@@ -10,7 +10,7 @@ Out  train_logs/{model_name}/last.pth          weights, optimizer, losses: the o
     python train.py --model_name=pretrained --multi_subject --subj=1 --num_sessions=40 --batch_size=42
     python train.py --model_name=finetuned --subj=1 --num_sessions=1 --batch_size=24 \\
         --multisubject_ckpt=train_logs/pretrained
-    accelerate launch --config_file=configs/multi_gpu.yaml train.py ...          # `accelerate launch` alone: float32
+    accelerate launch --config_file=configs/multi_gpu.yaml train.py ...    # without the file: all GPUs, float32
 
 One step, top to bottom (paper §2.1-2.2): trials are drawn, voxels mixed (MixCo), every subject's voxels pass its own
 ridge, the backbone turns them into tokens, and three heads learn from frozen targets:
@@ -35,7 +35,13 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.tracking import TensorBoardTracker, WandBTracker
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs, set_seed
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    is_wandb_available,
+    set_seed,
+)
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms import v2
 from tqdm import tqdm
@@ -70,7 +76,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                    help="sessions (hours) of --subj to train on, from the first; the paper: 1 or 40; pretraining: all")
     p.add_argument("--use_prior", action=flag, default=True, help="train the diffusion prior (paper §2.2)")
     p.add_argument("--batch_size", type=int, default=16,
-                   help="trials a step and process, over all subjects; the paper: 24 alone, 63 (released: 42) for 7")
+                   help="trials a step and process, of all subjects together and of each as many; the paper: 24 alone, "
+                        "63 (released: 42) for 7")
     p.add_argument("--wandb_log", action=flag, default=False, help="log to Weights & Biases besides TensorBoard")
     p.add_argument("--wandb_project", default="stability", help="Weights & Biases project")
     p.add_argument("--mixup_pct", type=float, default=.33, help="share of epochs with BiMixCo, then SoftCLIP")
@@ -167,6 +174,9 @@ def load_data(args: argparse.Namespace) -> SimpleNamespace:
         first, count = 0, None
     else:
         subjects, first, count = [args.subj], args.num_sessions, args.num_sessions
+    if args.batch_size < len(subjects):
+        raise UserError(f"--batch_size={args.batch_size} is less than a trial of each of {len(subjects)} subjects: "
+                        "raise it, or name fewer with --pretrain_on.")
     sessions = {s: data.count_sessions(args.data_path, s) for s in subjects}
     for s in subjects if args.val_sessions else ():
         if (count or 1) + args.val_sessions > sessions[s]:
@@ -219,9 +229,7 @@ def fetch(sets: SimpleNamespace, targets: SimpleNamespace, chosen: list[np.ndarr
     if not args.use_image_aug:
         batch["clip"] = targets.clip[rows]
         if args.blurry_recon:
-            batch["latents"] = targets.vae[rows]
-    if args.blurry_recon:
-        batch["features"] = targets.teacher[rows]
+            batch["latents"], batch["features"] = targets.vae[rows], targets.teacher[rows]
     return batch
 
 
@@ -236,6 +244,7 @@ def encode(batch: dict, targets: SimpleNamespace, device: torch.device) -> dict:
         batch["clip"] = targets.frozen["clip"].tokens(images).float()
         if "vae" in targets.frozen:
             batch["latents"] = encode_latents(targets.frozen["vae"], images).float()
+            features = targets.frozen["teacher"](images)[:, None].float()  # (B, 1, F, 512)
     if features is not None:
         batch["features"] = features[:, 0]
         if features.shape[1] > 1:  # one of the cached recolourings
@@ -407,7 +416,7 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError("--multisubject_ckpt starts a fine-tuning: use it with --no-multi_subject.")
     least = dict.fromkeys(("num_epochs", "batch_size", "num_sessions", "ckpt_interval", "gradient_accumulation",
                            "lora_rank", "hidden_dim", "prior_depth", "prior_dim_head"), 1)
-    for name, low in (least | {"n_blocks": 0, "teacher_views": 0, "val_sessions": 0}).items():
+    for name, low in (least | {"n_blocks": 0, "teacher_views": 0, "val_sessions": 0, "seed": 0}).items():
         if (value := getattr(args, name)) is not None and value < low:
             raise UserError(f"--{name}={value} must be at least {low}.")
     if not 0 <= args.mixup_pct <= 1:
@@ -423,17 +432,21 @@ def check_args(args: argparse.Namespace) -> None:
     if args.finetune != "all" and not args.multisubject_ckpt:
         raise UserError(f"--finetune={args.finetune} keeps the weights of a pretrained model: name it with "
                         "--multisubject_ckpt.")
+    if args.tie_positions and args.multisubject_ckpt:
+        raise UserError("--tie_positions is for first weights, and --multisubject_ckpt brings others: leave one out.")
     if args.pretrain_on and (not args.multi_subject or args.subj in args.pretrain_on):
         raise UserError(f"--pretrain_on names subjects for --multi_subject to pretrain on, and not --subj={args.subj}, "
                         "who is left out.")
 
 
 def start_accelerator(args: argparse.Namespace, gradient_accumulation: int = 1) -> Accelerator:
-    """Devices, processes and precision as `accelerate launch` says (float32, unless a file or flag says another).
+    """With devices, processes and precision as `accelerate launch` says (float32, unless a file or flag names another).
 
-    Without it: bfloat16 on a GPU. And the log's places.
+    Without a launcher: bfloat16 on a GPU. It knows the log's places, too. Raises UserError.
     """
     trackers = [TensorBoardTracker(args.model_name, args.train_logs)]
+    if args.wandb_log and not is_wandb_available():
+        raise UserError("--wandb_log needs wandb: pip install wandb, or leave it out.")
     if args.wandb_log:
         trackers.append(WandBTracker(args.wandb_project, name=args.model_name, config=vars(args)))
     half = "bf16" if torch.cuda.is_available() else "no"
@@ -565,6 +578,8 @@ def make_optimizer(args: argparse.Namespace, accelerator: Accelerator, model: Mi
     Not where others look for those gradients: DeepSpeed, fp16's loss scaler, DDP (see `exchange_rows`).
     """
     groups, on_gpu = networks.parameter_groups(model), accelerator.device.type == "cuda"
+    if accelerator.state.deepspeed_plugin:  # it makes one tensor of what learns in a group, and cannot of nothing
+        groups = [group for group in groups if any(p.requires_grad for p in group["params"])]
     if args.optimizer_bits == 8:
         return in_pieces(eight_bit_adamw(), groups, lr=args.max_lr)
     alone = accelerator.distributed_type == DistributedType.NO  # one process may have DDP, too
@@ -662,8 +677,8 @@ def gather_losses(args: argparse.Namespace, accelerator: Accelerator, run: Simpl
 # A checkpoint to go on from
 # ----------------------------------------------------------------------------------------------------------------------
 # Flags that change none of a run's numbers beyond rounding, and so may change between a kill and going on.
-FREE = {"resume", "train_logs", "data_path", "cache_dir", "multisubject_ckpt", "gradient_checkpointing", "compile",
-        "in_memory", "detect_anomaly", "ckpt_interval", "ckpt_saving", "wandb_log", "wandb_project"}
+FREE = {"resume", "model_name", "train_logs", "data_path", "cache_dir", "multisubject_ckpt", "gradient_checkpointing",
+        "compile", "in_memory", "detect_anomaly", "ckpt_interval", "ckpt_saving", "wandb_log", "wandb_project"}
 
 
 def run_folder(args: argparse.Namespace) -> Path:
@@ -713,12 +728,13 @@ def save(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNamespac
         checkpoints.save_checkpoint(last, accelerator.unwrap_model(run.model),
                                     optimizer_state_dict=run.optimizer.state_dict(), **state)
     elif accelerator.state.deepspeed_plugin:
+        processes.meet(run)
         run.model.save_checkpoint(str(last.parent), "last.building", client_state={"run": state}, save_latest=False)
-        accelerator.wait_for_everyone()
+        processes.meet(run)
         if accelerator.is_main_process:
             files.replace_folder(last.parent / "last.building", last.with_suffix(""))
             last.unlink(missing_ok=True)  # of another run: it would be read in place of the folder
-        accelerator.wait_for_everyone()
+        processes.meet(run)
 
 
 def resume(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNamespace) -> None:
@@ -765,7 +781,7 @@ def stop_if_asked(args: argparse.Namespace, accelerator: Accelerator, run: Simpl
     if processes.asked_to_stop(accelerator, run):
         gather_losses(args, accelerator, run)
         save(args, accelerator, run)
-        raise processes.end_of_sigterm(accelerator)
+        raise processes.end_of_sigterm(accelerator, run)
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
@@ -799,7 +815,7 @@ def set_up(args: argparse.Namespace, accelerator: Accelerator, sizes: dict, pret
             state[name].data = value.to(accelerator.device)
 
     trials, rank, world = [part.trials for part in sets.train], accelerator.process_index, accelerator.num_processes
-    share = max(1, args.batch_size // len(trials))  # trials a subject: 42 = 7 x 6
+    share = args.batch_size // len(trials)  # trials a subject: 42 = 7 x 6
     steps = data.steps_per_epoch(trials, share * len(trials), world)
     whole = args.gradient_accumulation  # an epoch is of whole steps of the optimizer
     steps = max(1, steps // whole) * whole

@@ -165,7 +165,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def check_args(args: argparse.Namespace) -> None:
     """Fill in the folders; raise UserError for flags and files that do not fit."""
-    least = {"num_steps": 0, "num_val": 1, "batch_size": 1, "warmup": 0, "ckpt_interval": 1, "steps": 1, "num_eval": 0}
+    least = {"num_steps": 0, "num_val": 1, "batch_size": 1, "warmup": 0, "ckpt_interval": 1, "steps": 1, "num_eval": 0,
+             "seed": 0}
     for name, low in least.items():
         if getattr(args, name) < low:
             raise UserError(f"--{name} must be at least {low}, not {getattr(args, name)}.")
@@ -473,21 +474,27 @@ def follow(average: list[Tensor], parameters: list[nn.Parameter], step: int, dec
 
 @contextmanager
 def averaged(unet: nn.Module, parameters: list[nn.Parameter], average: list[Tensor] | None) -> Iterator[nn.Module]:
-    """The UNet with the averaged weights, for drawing and saving. They change places: no copies."""
-    def swap() -> None:
-        for parameter, other in zip(parameters, average or [], strict=False):
-            parameter.data, other.data = other.data, parameter.data
-    swap()
+    """The UNet with the averaged weights, for drawing and saving. They stand in for its own: no copies.
+
+    Not as their .data, which loses DDP's hooks where the average is float32 and the weights are not.
+    """
+    others = {id(own): other for own, other in zip(parameters, average or [], strict=False)}
+    places = [(module, name, own) for module in unet.modules() for name, own in module.named_parameters(recurse=False)
+              if id(own) in others]
+    for module, name, own in places:
+        setattr(module, name, nn.Parameter(others[id(own)], requires_grad=False))
     try:
         yield unet.eval()
     finally:
-        swap()
+        for module, name, own in places:
+            setattr(module, name, own)
         unet.train()
 
 
 # Flags that change none of a run's numbers beyond rounding, and so may change between a kill and going on.
-FREE = {"train_logs", "data_path", "cache_dir", "base", "vae", "gradient_checkpointing", "compile", "graph",
-        "ckpt_interval", "draw_size", "steps", "scheduler", "guidance", "num_eval", "wandb_log", "wandb_project"}
+FREE = {"model_name", "train_logs", "data_path", "cache_dir", "base", "vae", "gradient_checkpointing", "compile",
+        "graph", "ckpt_interval", "draw_size", "steps", "scheduler", "guidance", "num_eval", "wandb_log",
+        "wandb_project"}
 
 
 def find_state(args: argparse.Namespace, accelerator: Accelerator) -> Path | None:
@@ -827,7 +834,7 @@ def learn(args: argparse.Namespace, accelerator: Accelerator, base: SimpleNamesp
                 if not reported:
                     mean_loss(args, run)
                     save_state(args, accelerator, run)
-                raise processes.end_of_sigterm(accelerator)
+                raise processes.end_of_sigterm(accelerator, run)
     accelerator.free_memory()  # or the optimizer would stay on the GPU
     return run.history
 

@@ -5,10 +5,10 @@ Random weights and data of the true sizes, in the official files.
 Training: what is timed is train.py's own loop, with its loader, log and progress bar: two looks at the clock are put in
 its way, and what it does after an epoch, which is short here, is done once, after the timed steps ("test": of 300
 images, what --compile takes for it included). Only the frozen networks are stand-ins, whose targets are noise of the
-right shape: the loop reads those from the disk and never calls a network. "loader": what
-reading a batch and bringing it to the GPU takes by itself, from a disk whose files are not in memory. "original": the
-published code's ms / step on the same kind of card, all of it, and what its GPU worked of that. "floor": operations /
-the card's matmul rate + bytes of weights and AdamW / its copy rate, one after another.
+right shape: the loop reads those from the disk and never calls a network. "loader": what reading a batch and bringing
+it to the GPU takes by itself, from a disk whose files are not in memory. "original": the published code's ms / step on
+the same kind of card, all of it, and what its GPU worked of that. "floor": operations / the card's matmul rate + bytes
+of weights and AdamW / its copy rate, one after another.
 
 Targets: data.py's own pass over images, with the frozen networks at their true sizes, from the image file to caches in
 /dev/shm, so that it is not the disk that is measured. Pictures: tests/bench_recon.py and tests/bench_refine.py.
@@ -17,7 +17,7 @@ Several processes (`--processes`): the same loop, the second row of ROWS, starte
 of configs/ as they are, on one GPU and on several, with targets that the system keeps in main memory: how much one disk
 gives to many is another question. "of linear": samples a second, by those of one GPU times the GPUs.
 
-    python tests/bench_gpu.py             an NVIDIA GPU of 80 GB; seven minutes
+    python tests/bench_gpu.py             an NVIDIA GPU of 80 GB; eight minutes
     python tests/bench_gpu.py --all       more rows of training, more batch sizes and flags of pictures
     python tests/bench_gpu.py --processes several of them; needs pip install deepspeed
     python tests/bench_gpu.py --tiny      training and targets at the smallest sizes, on a CPU: does the script work?
@@ -197,7 +197,7 @@ def measure(folder: Path, size: SimpleNamespace, flags: str, warm: int, steps: i
             if cuda:
                 torch.cuda.synchronize()
             if not clock:
-                peaks()
+                peaks()  # counted anew from here
             clock.append(time.perf_counter())
         if len(clock) == 2:
             found.peak, found.reserved = peaks()
@@ -250,7 +250,7 @@ def limits() -> tuple[float, float]:
 
 
 HEAD = ("| training | batch | card | ms / step | forward, backward, AdamW, loading | loader | peak GiB (reserved) | "
-        "test, s (peak) | floor, ms | original, ms (GPU) | times as fast (GPU) |\n"
+        "test, s (peak GiB) | floor, ms | original, ms (GPU) | times as fast (GPU) |\n"
         "|---|--:|--:|--:|---|--:|--:|--:|--:|--:|--:|")
 
 

@@ -17,7 +17,7 @@ import train  # noqa: E402
 def test_training_is_timed_in_its_own_loop(capsys):
     with mock.patch.object(train, "test", wraps=train.test) as test:
         results = bench_gpu.main(["--tiny"])
-    assert [len(call.args[1].trials) for call in test.call_args_list] == [10] * 3  # of each row, after the timed steps
+    assert [len(call.args[1].trials) for call in test.call_args_list] == [10] * 3
     assert [found.batch for found in results] == [14] * 3
     assert all(found.ms > 0 < found.loader and found.calls == 4 for found in results)  # one to warm up, two timed
     assert results[1].weights > results[0].weights > results[2].weights  # seven ridges; no low-level head

@@ -8,6 +8,7 @@ SIGSEGV: such a test fails by losing its worker.
 """
 
 import os
+import socket
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -71,6 +72,16 @@ def rest(folder: Path) -> list[str]:
 def folder_of_weights(path: Path) -> None:
     with files.replacing_folder(path) as building:
         AutoencoderKL(block_out_channels=(256,), layers_per_block=1).save_pretrained(building)
+
+
+def test_leftovers_of_this_machine_go_and_others_files_stay(tmp_path):
+    """Whether a process still runs can be told of this machine's only; another may share the disk."""
+    here, names = socket.gethostname(), []
+    for machine, process in ((here, 2**22 + 1), (here, os.getpid()), (f"{here}2", 2**22 + 1)):  # Linux has fewer
+        names.append(f"a.pt.{machine}.{process}.tmp")
+        (tmp_path / names[-1]).touch()
+    files.save(tmp_path / "a.pt", 1)
+    assert sorted(rest(tmp_path)) == sorted(names[2:])
 
 
 BIG = np.zeros((40, 10**5), np.float32)  # 16 MB

@@ -158,6 +158,17 @@ def test_who_makes_the_gradients_of_wide_layers(monkeypatch):
     assert optimizer() == plain
 
 
+@pytest.mark.parametrize("plugin, groups", [(None, 5), (object(), 1)])
+def test_deepspeed_gets_no_group_of_frozen_weights(plugin, groups):
+    """It makes one tensor of what learns in each, and raises where that is nothing. Without it, they keep their place.
+    """
+    model = networks.MindEye2([5], 6, 1, 2, 3, 4, prior_depth=1, prior_dim_head=2)
+    model.freeze()  # all but the ridge
+    accelerator = SimpleNamespace(device=torch.device("cpu"), distributed_type=DistributedType.NO, scaler=None,
+                                  state=SimpleNamespace(deepspeed_plugin=plugin))
+    assert len(train.make_optimizer(train.parse_args([]), accelerator, model).param_groups) == groups
+
+
 def test_a_bad_loss_of_another_process_stops_all():
     """Else the first process would save weights that a gradient of the second has spoilt."""
     trials, losses = data.Trials(3, np.arange(10, 16), np.arange(6), np.ones(6, int)), torch.tensor([5., 7.])
@@ -248,8 +259,11 @@ def test_processes_meet_before_their_gpus_wait_for_a_lost_one(stage, monkeypatch
         raise RuntimeError("[gloo/transport/tcp/pair.cc:561] Connection closed")
     monkeypatch.setattr(torch.distributed, "barrier", broken)
     two, only_cpus = SimpleNamespace(num_processes=2), SimpleNamespace(cpus="gloo")  # no loss can be looked at
-    with pytest.raises(UserError, match="another process"), processes.naming_lost(two, "--resume."):
-        stage.report(SimpleNamespace(), two, only_cpus)
+    def at_the_end(*_):
+        raise processes.end_of_sigterm(None, only_cpus)
+    for exchange in (stage.report, at_the_end):
+        with pytest.raises(UserError, match="another process"), processes.naming_lost(two, "--resume."):
+            exchange(SimpleNamespace(), two, only_cpus)
 
 
 def test_sigterm_does_not_silence_an_error():

@@ -344,6 +344,14 @@ def test_a_whole_picture_equals_the_originals():
     assert (out - g["out"]).abs().max() < 1e-4 and 0.01 < out.mean() < 0.99
 
 
+def test_noise_is_drawn_on_the_cpu_whatever_the_default_device():
+    shapes = [(2, 3), ()]
+    with torch.device("meta"):  # where nothing can be drawn
+        inside = recon.batch_noise(np.arange(2), 1, shapes, 0, "cpu")
+    for one, two in zip(inside, recon.batch_noise(np.arange(2), 1, shapes, 0, "cpu"), strict=True):
+        assert torch.equal(one, two)
+
+
 def test_velocity_is_as_good_as_noise():
     """A UNet that tells the velocity and one that tells the noise of the same picture end at that picture."""
     picture = torch.randn(2, 4, 4, 4)

@@ -142,6 +142,8 @@ def test_without_the_flag_it_starts_over_and_a_finished_run_is_left_alone(smoke_
     first = run(smoke_world, tmp_path, *flags)
     count = len(steps)
     assert run(smoke_world, tmp_path, *flags, "--resume") == first and len(steps) == count
+    (tmp_path / "train_logs/a").rename(tmp_path / "train_logs/b")
+    assert run(smoke_world, tmp_path, *flags, "--model_name=b", "--resume") == first and len(steps) == count
     run(smoke_world, tmp_path, *flags)
     assert len(steps) == 2 * count
 

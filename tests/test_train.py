@@ -130,6 +130,23 @@ def test_targets_are_encoded_once(smoke_world, tmp_path, monkeypatch):
     assert sum(encoded) > 8  # recoloured images have no cached targets
 
 
+@pytest.mark.parametrize("views", [0, 2])
+def test_recoloured_images_are_what_all_frozen_networks_see(monkeypatch, views):
+    """The cache has the teacher's features of the picture as it was."""
+    monkeypatch.setattr(train.v2, "RandomApply", lambda *_: lambda image: 1 - image)
+    monkeypatch.setattr(train, "encode_latents", lambda vae, images: images + 1)
+    frozen = {"clip": SimpleNamespace(tokens=lambda images: images + 2), "vae": None, "teacher": lambda images: images}
+    images, rows = torch.rand(2, 3, 4, 4), np.arange(2)
+    targets = SimpleNamespace(frozen=frozen, images=images)
+    part = SimpleNamespace(trials=SimpleNamespace(image=rows), voxels=torch.zeros(2, 5))
+    args = SimpleNamespace(use_image_aug=True, blurry_recon=True, teacher_views=views)
+    fetched = train.fetch(SimpleNamespace(train=[part]), targets, [rows], args)
+    batch = train.encode(fetched, targets, torch.device("cpu"))
+    assert torch.equal(batch["features"], 1 - images)
+    assert torch.equal(batch["latents"], 2 - images) and torch.equal(batch["clip"], 3 - images)
+    assert batch["features_aug"].shape == images.shape and not torch.equal(batch["features_aug"], 1 - images)
+
+
 def test_without_prior_and_blurry_head(smoke_world, tmp_path):
     history = run(smoke_world, tmp_path, "--model_name=a", "--no-use_prior", "--no-blurry_recon", "--backbone=mlp",
                   *SMALL)
@@ -305,11 +322,16 @@ def test_damaged_files(world_copy, tmp_path, damage):
     (["--val_sessions=-1"], ["--val_sessions=-1", "at least 0"]),
     (["--num_sessions=2", "--val_sessions=1"], ["has 2 sessions", "--val_sessions=1"]),
     (["--multi_subject", "--val_sessions=2"], ["has 2 sessions", "--val_sessions=2"]),
+    (["--seed=-1"], ["--seed=-1", "at least 0"]),
+    (["--multi_subject", "--batch_size=6"], ["--batch_size=6", "7 subjects"]),
+    (["--tie_positions", "--multisubject_ckpt={}"], ["--tie_positions", "first weights"]),
+    (["--wandb_log"], ["pip install wandb"]),
     (["--multi_subject", "--multisubject_ckpt={}"], ["--multisubject_ckpt", "--no-multi_subject"]),
     (["--multisubject_ckpt={}", "--hidden_dim=48"], ["train_logs/pretrained", "--hidden_dim=32", "48"]),
     (["--multisubject_ckpt=nowhere/x"], ["nowhere/x", "--multisubject_ckpt"]),
 ])  # fmt: skip
-def test_wrong_flags(smoke_world, pretrained, tmp_path, flags, words):
+def test_wrong_flags(smoke_world, pretrained, tmp_path, monkeypatch, flags, words):
+    monkeypatch.setattr(train, "is_wandb_available", lambda: False)
     flags = [flag.format(pretrained / "train_logs/pretrained") for flag in flags]
     with pytest.raises(UserError) as error:
         run(smoke_world, tmp_path, "--model_name=a", *flags)

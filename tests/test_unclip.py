@@ -229,6 +229,19 @@ def test_average_follows_and_is_used_only_inside():
     assert torch.allclose(average[0], .91 * now)
 
 
+def test_an_average_of_another_precision_leaves_the_weights_their_hooks():
+    """By which DDP exchanges gradients: it hangs them on the node that adds up a weight's gradient."""
+    layer = torch.nn.Linear(2, 2).bfloat16()
+    own, called = layer.weight, []
+    node = own.expand_as(own).grad_fn.next_functions[0][0]
+    node.register_hook(lambda *_: called.append(1))
+    with unclip.averaged(layer, list(layer.parameters()), [torch.ones(2, 2), torch.zeros(2)]):
+        assert layer.weight.dtype == torch.float32 and layer.weight.sum() == 4 and not layer.weight.requires_grad
+    assert layer.weight is own and own.dtype == torch.bfloat16
+    own.sum().backward()
+    assert called == [1]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Tars of pictures
 
@@ -450,6 +463,7 @@ def test_shared_images_are_held_out(tmp_path):
     (["--weights=bfloat16"], "add --optimizer=adamw8bit"),
     (["--ema=1"], "--ema must be"),
     (["--graph"], "--graph needs an NVIDIA GPU"),
+    (["--seed=-1"], "--seed must be at least 0"),
     (["--batch_size=0"], "--batch_size must be at least 1"),
     (["--max_lr=1e30", "--warmup=0", "--ema=0"], "lower --max_lr"),
 ])
