@@ -847,7 +847,8 @@ def train_epoch(args: argparse.Namespace, accelerator: Accelerator, run: SimpleN
             accelerator.backward(loss)
             run.optimizer.step()
             run.optimizer.zero_grad()
-        if accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:  # by fp16's loss scaler
+        # By fp16's loss scaler; on a GPU a fused AdamW skips by itself, unseen, and the schedule counts its step.
+        if accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
             run.scheduler.step()
         run.fresh.append(loss.detach())
         run.step += 1
