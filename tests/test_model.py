@@ -232,7 +232,7 @@ sys.path[:0] = sys.argv[1:]
 import attention, model
 torch.get_autocast_dtype = lambda device: torch.float32  # Triton's interpreter has no half precision
 torch.manual_seed(0)
-transformer, x = model.PriorTransformer(48, 2, 12, 4), torch.randn(2, 200, 48)
+transformer, x = model.PriorTransformer(24, 2, 12, 2), torch.randn(2, 200, 24)
 results = []
 for fused in (False, True):
     model.fused = lambda device: fused
