@@ -10,7 +10,6 @@ another network in --cache_dir, or of other pictures, is never used. All of it m
 """
 
 import argparse
-import gc
 import hashlib
 import json
 import os
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import frozen
 from files import replacing, save
 from model import UserError
 
@@ -123,7 +123,5 @@ def hear(args: argparse.Namespace, name: str, load: Callable, encode: Callable, 
                             digest(known["key"], part.hash), partial(say, part.items))
                 for label, part in sets.items()}
     network = None
-    if torch.cuda.is_available():  # the next network needs the place
-        gc.collect()
-        torch.cuda.empty_cache()
+    frozen.free_memory()
     return SimpleNamespace(features=features, description=known["description"], key=known["key"])

@@ -13,6 +13,7 @@ missing or damaged. Letters as in model.py: B samples, S tokens of D channels, L
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 from collections.abc import Callable
@@ -83,6 +84,13 @@ def record(work: Callable, warm_up: int = 3) -> Callable:
         kept.graph.replay()
         return tree_map_only(Tensor, Tensor.clone, kept.result)
     return call
+
+
+def free_memory() -> None:
+    """Give the GPU back what nobody holds: the next network needs the place. (A recorded network holds itself.)"""
+    if torch.cuda.is_available():
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def compile_blocks(network: nn.Module) -> None:

@@ -29,7 +29,6 @@ Row i of each belongs to the i-th of the test images' row numbers, sorted ascend
 """
 
 import argparse
-import gc
 import json
 import shutil
 import textwrap
@@ -426,13 +425,6 @@ def read_part(path: Path) -> dict[str, Tensor | list[str]]:
         return torch.load(path, weights_only=True, mmap=True)
 
 
-def free_memory() -> None:
-    """Give the GPU back what nobody holds: the next network needs the place. (A recorded network holds itself.)"""
-    if torch.cuda.is_available():
-        gc.collect()
-        torch.cuda.empty_cache()
-
-
 def run_pass(name: str, folder: Path, batches: list[slice], state: PartialState, load: Callable, work: Callable,
              first: str = "brain", prepare: Callable = lambda rows: ()):
     """work(network, rows, found, *prepare(rows)) -> {output: values}, for all batches; the processes take turns.
@@ -452,7 +444,7 @@ def run_pass(name: str, folder: Path, batches: list[slice], state: PartialState,
             save(folder / f"{name}_{i:05d}.pt", {k: v.cpu() if isinstance(v, Tensor) else v for k, v in out.items()})
             bar.update(batches[i].stop - batches[i].start)
     del network
-    free_memory()
+    frozen.free_memory()
     state.wait_for_everyone()
 
 
@@ -550,7 +542,7 @@ def reconstruct(args: argparse.Namespace, state: PartialState) -> dict[str, Tens
              lambda net, rows, _, *noise: read_brains(net, ridge, brains, rows, args, *noise),
              prepare=lambda rows: prior_noise(tokens, brains, rows, args))
     model, names = None, ["brain", "recons"]
-    free_memory()
+    frozen.free_memory()
     if args.captions:
         run_pass("captions", folder, batches, state, lambda: frozen.load_captioner(args.cache_dir, device),
                  lambda git, rows, brain: {"predcaptions": git.caption(brain["prior_out"].to(device))})

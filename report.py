@@ -22,7 +22,7 @@ import json
 import math
 import shlex
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
 from string import Template
@@ -621,9 +621,9 @@ def regions(r: SimpleNamespace) -> str:
         f'<dl class="bars">{"".join(parts)}</dl>')
 
 
-def command_line(script: str, flags: dict, defaults: dict) -> str:
+def command_line(script: str, flags: dict, defaults: dict, start: Sequence[str] = ("python",)) -> str:
     """`python train.py --a=b --no-c`: the flags that are not at their defaults."""
-    words = ["python", script]
+    words = [*start, script]
     for name, value in flags.items():
         if value is None or name in defaults and str(defaults[name]) == str(value):  # a path equals its text
             continue
@@ -651,12 +651,11 @@ def training_commands(checkpoint: dict) -> list[str]:
     commands, defaults = [], vars(train.parse_args([]))
     while checkpoint.get("flags"):
         flags = checkpoint["flags"]
-        command = command_line("train.py", {name: flags[name] for name in flags if name in defaults}, defaults)
-        launch = {"num_processes": flags.get("num_processes", 1), "mixed_precision": flags.get("mixed_precision", "no")}
-        if launch != {"num_processes": 1, "mixed_precision": "no"}:  # the launcher's flags, not train.py's
-            words = [f"--{name}={value}" for name, value in launch.items()]
-            command = command.replace("python", f"accelerate launch {' '.join(words)}", 1)
-        commands.insert(0, command)
+        own = {name: flags[name] for name in flags if name in defaults}
+        alone = {"num_processes": 1, "mixed_precision": "no"}  # the launcher's flags, not train.py's
+        launch = {name: flags.get(name, value) for name, value in alone.items()}
+        launcher = ["accelerate", "launch", *(f"--{name}={value}" for name, value in launch.items())]
+        commands.insert(0, command_line("train.py", own, defaults, ["python"] if launch == alone else launcher))
         start = Path(str(flags.get("multisubject_ckpt") or ""))
         if start == Path() or len(commands) == 5:  # trained from scratch; or files that name each other
             break

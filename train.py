@@ -440,14 +440,11 @@ def check_args(args: argparse.Namespace) -> None:
 
 
 def start_accelerator(args: argparse.Namespace, gradient_accumulation: int = 1) -> Accelerator:
-    """With devices, processes and precision as `accelerate launch` says (float32, unless a file or flag names another).
-
-    Without a launcher: bfloat16 on a GPU. It knows the log's places, too. Raises UserError.
-    """
+    """With devices, processes, precision as `accelerate launch` says (else bfloat16 on a GPU). Raises UserError."""
     trackers = [TensorBoardTracker(args.model_name, args.train_logs)]
-    if args.wandb_log and not is_wandb_available():
-        raise UserError("--wandb_log needs wandb: pip install wandb, or leave it out.")
     if args.wandb_log:
+        if not is_wandb_available():
+            raise UserError("--wandb_log needs wandb: pip install wandb, or leave it out.")
         trackers.append(WandBTracker(args.wandb_project, name=args.model_name, config=vars(args)))
     half = "bf16" if torch.cuda.is_available() else "no"
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # no second copy of the gradients
@@ -734,7 +731,6 @@ def save(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNamespac
         if accelerator.is_main_process:
             files.replace_folder(last.parent / "last.building", last.with_suffix(""))
             last.unlink(missing_ok=True)  # of another run: it would be read in place of the folder
-        processes.meet(run)
 
 
 def resume(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNamespace) -> None:

@@ -534,7 +534,6 @@ def save_state(args: argparse.Namespace, accelerator: Accelerator, run: SimpleNa
     for old in folder.glob("step_*") if main else ():
         if old != done:
             shutil.rmtree(old)
-    processes.meet(run)
 
 
 def load_state(args: argparse.Namespace, state: Path, accelerator: Accelerator, run: SimpleNamespace) -> None:

@@ -57,6 +57,13 @@ def start(stage: str, flags: str, fast: bool) -> None:
     subprocess.run([sys.executable, ROOT / f"{stage}.py", *flags.split()], check=True, env=os.environ | own)
 
 
+def trainings(flags: str, logs: Path) -> list[str]:
+    """Flags of the pretraining and of the fine-tuning after it."""
+    recipe = toy.Recipe()
+    return [f"--model_name=before {flags} --multi_subject {recipe.from_scratch} {recipe.pretrain}",
+            f"--model_name={NAME} {flags} --multisubject_ckpt={logs / 'before'} {recipe.fine_tune} {recipe.session}"]
+
+
 def train_and_draw(path: str, seed: int) -> None:
     """All stages of toy.headline for one model."""
     fast, recipe, world, here = path == "fast", toy.Recipe(), OUT / f"world{seed}", OUT / path / f"seed{seed}"
@@ -65,9 +72,8 @@ def train_and_draw(path: str, seed: int) -> None:
     where, evals = f"--data_path={world} --subj=1", f"--evals={OUT / path / 'evals' / str(seed)}"
     views = "" if fast else "--teacher_views=0"  # the last of two flags holds
     trained = f"{where} --train_logs={here} --seed={seed} {recipe.sizes} {views} {compiled}"
-    start("train", f"--model_name=before {trained} --multi_subject {recipe.from_scratch} {recipe.pretrain}", fast)
-    start("train", f"--model_name={NAME} {trained} --multisubject_ckpt={here / 'before'} {recipe.fine_tune} "
-                   f"{recipe.session}", fast)
+    for flags in trainings(trained, here):
+        start("train", flags, fast)
     start("recon", f"--model_name={NAME} {where} --train_logs={here} {evals} --seed={seed} {recipe.draw} {compiled}",
           fast)
     start("refine", f"--model_name={NAME} {where} {evals} --seed={seed} {recipe.refine} {compiled}", fast)
@@ -116,9 +122,8 @@ def switch(world: int, run: int, place: int) -> None:
         stack.enter_context(mock.patch.dict(os.environ, ACCELERATE_MIXED_PRECISION=precision))
         for patch in patches:
             stack.enter_context(mock.patch.object(*patch))
-        train.main(f"--model_name=before {trained} --multi_subject {recipe.from_scratch} {recipe.pretrain}".split())
-        train.main(f"--model_name={NAME} {trained} --multisubject_ckpt={logs / 'before'} {recipe.fine_tune} "
-                   f"{recipe.session}".split())
+        for one in trainings(trained, logs):
+            train.main(one.split())
     (logs / "distance.txt").write_text(f"{distance(f'--model_name={NAME} {flags} {recipe.draw}')}\n")
 
 
